@@ -1,0 +1,1 @@
+"""What every command shares: errors, typed configs, output directories, resumable work, run.json, progress."""
