@@ -1,0 +1,24 @@
+"""What all tests share: two torch threads, and downloads only on request."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--download", action="store_true", help="also run the tests that fetch real models and text")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "download: fetches from package registries; needs --download")
+    torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--download"):
+        return
+    skip = pytest.mark.skip(reason="fetches from package registries; run with --download")
+    for item in items:
+        if item.get_closest_marker("download"):
+            item.add_marker(skip)
