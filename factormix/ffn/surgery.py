@@ -1,0 +1,273 @@
+"""Find the FFNs of a model, make each ONE module, read its weights, swap it: nobody above this file knows a family.
+
+    sites = find_sites(model)                  # front to back, on real or meta device
+    for site in sites:
+        isolate(model, site)                   # bit-equal; nothing to do where the FFN is a module already
+        sparse = build(weights(model, site))   # any module (..., H) -> (..., H)
+        dense = swap(model, site, sparse)      # the old module comes back
+
+An FFN that is swapped in has no dropout of the old one: gpt2, distilbert, starcoder2, T5 and ModernBERT drop inside the
+module that is replaced. BERT-like models, OPT and ALBERT drop after it, and go on doing so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from factormix.ffn.families import FAMILIES, Layout
+from factormix.ffn.site import DenseFFN, FFNSite, FFNWeights, bias_of, name_activation, rows
+from factormix.run.errors import FactorMixError, nearest
+
+
+def find_sites(model: nn.Module, layers: Sequence[int] | None = None) -> list[FFNSite]:
+    """List the FFNs of a dense Hugging Face model, front to back. Reads no weight values: a meta model will do.
+
+    The model may have been isolated already, but no FFN may have been replaced.
+
+    Args:
+        model: base model or any head class of a family in `FAMILIES`.
+        layers: keep the sites of these layers only, counted from 0 within a stack; an encoder-decoder keeps them in
+            both stacks. An FFN shared by several layers (ALBERT) is kept only with all of them.
+
+    Raises:
+        FactorMixError: unknown family, an FFN not where the table says, an activation without a name, or a layer
+            that does not exist.
+    """
+    config = getattr(model, "config", None)
+    model_type = str(getattr(config, "model_type", type(model).__name__))
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise FactorMixError(_not_found(model, model_type, f"an entry {model_type!r} in the table FAMILIES"))
+    config = getattr(config, "text_config", config)
+    sites: list[FFNSite] = []
+    for name, _ in model.named_modules():
+        places = [(layout, match) for layout in family.layouts if (match := _pattern(layout.at).search(name))]
+        fitting = [(layout, match) for layout, match in places if _has_parts(model, name, layout)]
+        if fitting:
+            layout, match = fitting[0]
+            used_by = _layers(layout, int(match.group(1)), config)
+            sites.append(_read(model, name, layout, used_by, config, len(sites)))
+        elif places:
+            wanted = " or ".join(", ".join(layout.parts) for layout, _ in places)
+            raise FactorMixError(
+                f"{name} of this {model_type!r} model lacks the dense FFN's parts ({wanted}); it is "
+                f"{type(model.get_submodule(name)).__name__}. find_sites reads dense models: call it before any swap."
+            )
+    if not sites:
+        wanted = "; ".join(f"modules named '...{each.at}' with {', '.join(each.parts)}" for each in family.layouts)
+        raise FactorMixError(_not_found(model, model_type, wanted))
+    return sites if layers is None else _select(sites, layers)
+
+
+def isolate(model: nn.Module, site: FFNSite) -> nn.Module:
+    """Make the FFN at `site` ONE module and return it. Bit-equal, and a second call changes nothing.
+
+    Where the family spreads the FFN over the layer, a `DenseFFN` with the original parts takes the up projection's
+    slot, and nn.Identity the slots of the activation and the down projection, on this layer's instance only.
+    Parameter names change with it ("intermediate.dense.weight" becomes "intermediate.dense.up.weight").
+    """
+    if not _is_isolated(model, site):
+        layout, at = site.layout, model.get_submodule(site.at)
+        up, act, down = (_part(at, part) for part in (layout.up, layout.act, layout.down))
+        _assign(at, layout.up, DenseFFN(up, act, down).train(at.training))  # type: ignore[arg-type]
+        _assign(at, layout.act, nn.Identity())
+        _assign(at, layout.down, nn.Identity())
+    return model.get_submodule(site.name)
+
+
+def get(model: nn.Module, site: FFNSite) -> nn.Module:
+    """The one module (..., H) -> (..., H) that stands at `site`: dense, or whatever was swapped in.
+
+    Raises:
+        FactorMixError: the FFN is still spread over its layer; `isolate` it first.
+    """
+    if not _is_isolated(model, site):
+        raise FactorMixError(f"the FFN of {site.at} is still spread over its layer: call isolate(model, site) first.")
+    return model.get_submodule(site.name)
+
+
+def swap(model: nn.Module, site: FFNSite, module: nn.Module) -> nn.Module:
+    """Put `module`, (..., H) -> (..., H), where the FFN is, and return what stood there; isolates first if needed.
+
+    Nothing of the old FFN runs any more, its dropout included. Works on the meta device.
+    """
+    old = isolate(model, site)
+    _assign(model, site.name, module)
+    return old
+
+
+def weights(model: nn.Module, site: FFNSite) -> FFNWeights:
+    """The weights of the dense FFN at `site`, before or after `isolate`, as views that share the model's storage.
+
+    Raises:
+        FactorMixError: the FFN was replaced by a module that is not the dense one, or a weight is quantised.
+    """
+    gate, up, down = _linears(model, site.at, site.layout)
+    up_rows, up_bias = rows(up, site.name), bias_of(up)  # (I, H), or (2I, H) when fused
+    down_rows = rows(down, site.name).T  # (I, H)
+    if site.layout.fused:
+        inner = site.inner
+        return FFNWeights(
+            gate=up_rows[:inner],  # (I, H), the activated half comes first
+            up=up_rows[inner:],  # (I, H)
+            down=down_rows,
+            gate_bias=None if up_bias is None else up_bias[:inner],
+            up_bias=None if up_bias is None else up_bias[inner:],
+            down_bias=bias_of(down),
+        )
+    return FFNWeights(
+        gate=None if gate is None else rows(gate, site.name),
+        up=up_rows,
+        down=down_rows,
+        gate_bias=None if gate is None else bias_of(gate),
+        up_bias=up_bias,
+        down_bias=bias_of(down),
+    )
+
+
+def _pattern(at: str) -> re.Pattern[str]:
+    """A pattern of the table as a regular expression for the end of a dotted name; `*` captures an index."""
+    return re.compile(r"(?:^|\.)" + re.escape(at).replace(r"\*", r"(\d+)") + "$")
+
+
+def _part(at: nn.Module, path: str) -> object:
+    """The attribute at a dotted path below `at` (an activation may be a plain function), or None."""
+    found: object = at
+    for word in path.split("."):
+        found = getattr(found, word, None)
+    return found
+
+
+def _assign(at: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, last = path.rpartition(".")
+    setattr(at.get_submodule(parent), last, module)
+
+
+def _dense_ffn(at: nn.Module, layout: Layout) -> DenseFFN | None:
+    """The DenseFFN that `isolate` put there, or None."""
+    slot = _part(at, layout.up)
+    return slot if layout.kind != "module" and isinstance(slot, DenseFFN) else None
+
+
+def _is_isolated(model: nn.Module, site: FFNSite) -> bool:
+    if site.kind == "module":
+        return True
+    at = model.get_submodule(site.at)
+    return isinstance(_part(at, site.layout.act), nn.Identity) and isinstance(_part(at, site.layout.down), nn.Identity)
+
+
+def _has_parts(model: nn.Module, name: str, layout: Layout) -> bool:
+    at = model.get_submodule(name)
+    if _dense_ffn(at, layout) is not None:
+        return True
+    return all(_part(at, part) is not None for part in layout.parts) and not isinstance(
+        _part(at, layout.down), nn.Identity
+    )
+
+
+def _linears(model: nn.Module, name: str, layout: Layout) -> tuple[nn.Module | None, nn.Module, nn.Module]:
+    """(gate or None, up, down) of a dense FFN, isolated or not."""
+    at = model.get_submodule(name)
+    dense = _dense_ffn(at, layout)
+    if dense is not None:
+        return None, dense.up, dense.down
+    if not _has_parts(model, name, layout):
+        slot = at if layout.kind == "module" else _part(at, layout.up)
+        raise FactorMixError(
+            f"the FFN at {name} is {type(slot).__name__}, no longer the dense one with {', '.join(layout.parts)}. "
+            "Read the weights before the swap, or from the module that swap returned."
+        )
+    gate = None if layout.gate is None else at.get_submodule(layout.gate)
+    return gate, at.get_submodule(layout.up), at.get_submodule(layout.down)
+
+
+def _read(model: nn.Module, name: str, layout: Layout, layers: tuple[int, ...], config: object, index: int) -> FFNSite:
+    """Measure one FFN and check that its parts fit together."""
+    gate, up, down = _linears(model, name, layout)
+    hidden, inner = rows(down, f"{name}.{layout.down}").shape
+    up_rows = 2 * inner if layout.fused else inner
+    shapes = {layout.up: (rows(up, f"{name}.{layout.up}").shape, up_rows)}
+    if gate is not None:
+        shapes[str(layout.gate)] = (rows(gate, f"{name}.{layout.gate}").shape, inner)
+    for part, (shape, want) in shapes.items():
+        if tuple(shape) != (want, hidden):
+            raise FactorMixError(
+                f"{name}.{part} maps {shape[1]} -> {shape[0]}, but {layout.down} maps {inner} -> {hidden}, so "
+                f"{hidden} -> {want} was expected: the entry in FAMILIES does not describe this model."
+            )
+    at = model.get_submodule(name)
+    dense = _dense_ffn(at, layout)
+    act = _part(at, layout.act) if dense is None else dense.act
+    has_up_bias = bias_of(up) is not None
+    return FFNSite(
+        index=index,
+        at=name,
+        layout=layout,
+        layers=layers,
+        hidden=hidden,
+        inner=inner,
+        activation=name_activation(act, config, f"{name}.{layout.act}"),
+        gate_bias=has_up_bias if layout.fused else gate is not None and bias_of(gate) is not None,
+        up_bias=has_up_bias,
+        down_bias=bias_of(down) is not None,
+    )
+
+
+def _layers(layout: Layout, index: int, config: object) -> tuple[int, ...]:
+    """The layers that run the FFN found under the first index of the pattern."""
+    if not layout.shared:
+        return (index,)
+    total, groups = int(getattr(config, "num_hidden_layers")), int(getattr(config, "num_hidden_groups"))  # noqa: B009
+    return tuple(layer for layer in range(total) if int(layer / (total / groups)) == index)  # as the family's forward
+
+
+def _select(sites: list[FFNSite], layers: Sequence[int]) -> list[FFNSite]:
+    """The sites of these layers, numbered as in the whole model."""
+    known = {layer for site in sites for layer in site.layers}
+    unknown = sorted(set(layers) - known)
+    if unknown or not layers:
+        raise FactorMixError(
+            f"layers {list(layers)}: {unknown or 'an empty choice'} is not allowed; this model has layers 0 to "
+            f"{max(known)}. Leave layers out to take them all."
+        )
+    chosen = [site for site in sites if set(site.layers) & set(layers)]
+    for site in chosen:
+        if not set(site.layers) <= set(layers):
+            raise FactorMixError(
+                f"layers {sorted(set(layers))}: layers {site.layers[0]} to {site.layers[-1]} share ONE FFN "
+                f"({site.name}), so they change together. Choose all of them or leave layers out."
+            )
+    return chosen
+
+
+def _not_found(model: nn.Module, model_type: str, wanted: str) -> str:
+    """The message for a family that is not in the table, or not as the table says."""
+    seen = _candidates(model)
+    pairs = "; ".join(seen[:6]) if seen else "none"
+    return (
+        f"cannot find the FFNs of model_type {model_type!r} ({type(model).__name__}). Looked for: {wanted}. "
+        f"Linear pairs (H -> I) and (I -> H) seen: {pairs}. Known families: {', '.join(sorted(FAMILIES))}."
+        f"{nearest(model_type, FAMILIES)} To add one, write one entry in factormix/ffn/families.py or at run time: "
+        f"FAMILIES[{model_type!r}] = Family((Layout(at='layers.*.mlp', gate='gate_proj' or None, up='up_proj', "
+        "down='down_proj', act='act_fn'),)); the top of that file explains the fields."
+    )
+
+
+def _candidates(model: nn.Module) -> list[str]:
+    """Pairs of Linears, widening and narrowing back within one block, as text; indices are written `*`."""
+    shapes: dict[str, tuple[int, int]] = {}  # generic name -> (in, out)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            shapes.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), (module.in_features, module.out_features))
+        elif isinstance(module, Conv1D):
+            shapes.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), (module.weight.shape[0], module.weight.shape[1]))
+    return [
+        f"{up} ({inp} -> {out}) with {down} ({out} -> {inp})"
+        for up, (inp, out) in shapes.items()
+        for down, back in shapes.items()
+        if back == (out, inp) and out > inp and up.rpartition("*")[0] == down.rpartition("*")[0] and "*" in up
+    ]
