@@ -1,0 +1,1 @@
+"""Text and models: reading files, packing tokens into windows, the table of downloadable assets."""

