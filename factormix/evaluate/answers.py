@@ -1,0 +1,83 @@
+"""What the model says: the greedy answer to one prompt, the same way for dense and sparse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from factormix.evaluate.causal import REMEDY
+from factormix.run.errors import FactorMixError
+
+
+def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, max_new_tokens: int = 64, chat: bool = True) -> str:
+    """The continuation of `prompt` by greedy decoding, without special tokens and otherwise unedited.
+
+    Sampling, penalties and other habits of the model's own generation config are left out, so that two models answer
+    by the same rule; its end-of-sequence tokens are kept.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        prompt: what to answer or continue.
+        max_new_tokens: at most so many tokens; 1 or more.
+        chat: put the prompt in the tokenizer's chat template, where it has one, as a user's message.
+
+    Raises:
+        FactorMixError: a model that does not generate, an empty prompt.
+    """
+    if not getattr(model, "can_generate", lambda: False)():
+        raise FactorMixError(f"{type(model).__name__} does not generate text. {REMEDY}")
+    if max_new_tokens < 1:
+        raise FactorMixError(f"max_new_tokens received {max_new_tokens}; allowed: at least 1.")
+    ids = _encode(tokenizer, prompt, chat).to(next(model.parameters()).device)  # (1, P)
+    stop = _end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id
+    rule = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        eos_token_id=stop or None,
+        pad_token_id=pad if pad is not None else (stop[0] if stop else 0),
+    )
+    own = model.generation_config
+    was_training = model.training
+    model.eval()
+    # generate() fills what `rule` leaves open from the model's own
+    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        with torch.inference_mode():
+            mask = torch.ones_like(ids)
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=rule)  # type: ignore[operator]
+    finally:
+        model.generation_config = own
+        model.train(was_training)
+    said = out[0, ids.shape[1] :].tolist()
+    if said and said[-1] in stop:  # the model's own end need not be special to the tokenizer
+        said.pop()
+    return str(tokenizer.decode(said, skip_special_tokens=True))
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
+    """Token ids (1, P)."""
+    if not prompt.strip():
+        raise FactorMixError("the prompt is empty: give some text to answer.")
+    if chat and getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise FactorMixError(f"the prompt {prompt!r} gives no tokens with this tokenizer.")
+    return torch.tensor([ids], dtype=torch.long)
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer for the model or its tokenizer."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ends = configured if isinstance(configured, list | tuple) else [configured]
+    return sorted({int(end) for end in [*ends, tokenizer.eos_token_id] if end is not None})

@@ -1,0 +1,238 @@
+"""Perplexity of next-token prediction, and how far a model is from its dense base, in one pass over the text.
+
+    packed = pack(texts, tokenizer, window=512)
+    score = evaluate_text(model, packed, base=dense)
+    score.model, score.base, score.ratio, score.ratio_stderr, score.top1, score.kl
+
+Windows do not overlap; a beginning-of-sequence token, where the tokenizer has one, opens each window and is not
+scored. Cross-entropy is computed in float32 whatever the dtype of the model, a few rows of logits at a time. Windows
+of one length are run `batch_size` at a time; the logits of one batch, for base and one model, are all that is held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from factormix.data.packing import Packed
+from factormix.evaluate.causal import check_next_token
+from factormix.run.errors import FactorMixError
+from factormix.run.progress import progress
+
+LOGIT_BYTES = 256 * 2**20  # float32 logits of one forward, at most, when the batch size is left open
+CHUNK_BYTES = 32 * 2**20  # float32 logits turned into probabilities at a time
+RESAMPLES = 1000  # bootstrap draws of the standard error
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """The scores of one model on one text. What compares with the base is None when no base was given."""
+
+    tokens: int
+    """tokens scored"""
+    windows: int
+    """windows they came from"""
+    model: float
+    """perplexity: exp of the mean next-token cross-entropy in nats"""
+    base: float | None = None
+    """perplexity of the base on the same tokens"""
+    ratio: float | None = None
+    """perplexity of the model over that of the base"""
+    ratio_stderr: float | None = None
+    """standard error of the ratio, by paired bootstrap over windows; None with fewer than two windows"""
+    top1: float | None = None
+    """share of tokens, 0 to 1, where model and base think the same next token most likely"""
+    kl: float | None = None
+    """mean KL(base || model) of the next-token distributions, nats a token"""
+
+    def perplexity_dict(self) -> dict[str, float | int | None]:
+        """The entry ``perplexity.<stem>`` of docs/json.md."""
+        keys = ("base", "model", "ratio", "ratio_stderr", "tokens")
+        return {key: getattr(self, key) for key in keys}
+
+    def agreement_dict(self) -> dict[str, float | None]:
+        """The entry ``agreement.<stem>`` of docs/json.md."""
+        return {"top1": self.top1, "kl": self.kl}
+
+
+class _Sums:
+    """Sums over the scored tokens of each window, float64 (N,)."""
+
+    def __init__(self, windows: int) -> None:
+        self.nll = torch.zeros(windows, dtype=torch.float64)
+        self.base_nll = torch.zeros(windows, dtype=torch.float64)
+        self.kl = torch.zeros(windows, dtype=torch.float64)
+        self.same = torch.zeros(windows, dtype=torch.float64)
+
+
+def evaluate_text(
+    model: nn.Module,
+    packed: Packed,
+    base: nn.Module | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    quiet: bool = True,
+) -> TextScore:
+    """Score one model on one packed text, beside its base when there is one.
+
+    Args:
+        model: a causal language model: ``model(input_ids=(B, L)).logits`` is (B, L, V), next-token.
+        packed: the windows, ``input_ids`` (N, L) and ``scored`` (N, L), True where a token is to be predicted.
+        base: the dense model to compare with, of the same vocabulary.
+        batch_size: windows a forward; None takes what keeps the logits of one forward under 256 MiB.
+        seed: of the bootstrap.
+        quiet: no progress line.
+
+    Raises:
+        FactorMixError: a model without next-token logits, vocabularies that differ, no token to score, NaN.
+    """
+    return evaluate_text_for({"model": model}, packed, base, batch_size, seed, quiet)["model"]
+
+
+def evaluate_text_for(
+    models: Mapping[str, nn.Module],
+    packed: Packed,
+    base: nn.Module | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    quiet: bool = True,
+) -> dict[str, TextScore]:
+    """`evaluate_text` for several models by name; the base runs once for all of them."""
+    ids, scored = torch.as_tensor(packed.input_ids), torch.as_tensor(packed.scored).bool()  # (N, L), (N, L)
+    targets = scored[:, 1:]  # (N, L - 1): the first token of a window has nothing before it
+    counts = targets.sum(1)  # (N,)
+    tokens = int(counts.sum())
+    if tokens == 0:
+        raise FactorMixError("no token to score: the text is shorter than two tokens. Give a longer text.")
+    everyone = {**models} if base is None else {**models, "base": base}
+    for name, each in everyone.items():
+        check_next_token(each, name)
+    sums = {name: _Sums(len(ids)) for name in models}
+    was_training = [each for each in everyone.values() if each.training]
+    try:
+        for each in was_training:
+            each.eval()
+        size = batch_size or _batch_size(everyone.values(), ids.shape[1])
+        batches = range(0, len(ids), size)
+        for start in progress(batches, label="perplexity", total=len(batches), quiet=quiet):
+            rows = slice(start, start + size)
+            _score_batch(models, base, ids[rows], targets[rows], {name: (s, start) for name, s in sums.items()})
+    finally:
+        for each in was_training:
+            each.train()
+    return {name: _score(name, s, counts, base is not None, seed) for name, s in sums.items()}
+
+
+def bootstrap_ratio(difference: Tensor, counts: Tensor, seed: int = 0, resamples: int = RESAMPLES) -> float | None:
+    """Standard error of exp(sum of differences / sum of tokens) over windows drawn with replacement.
+
+    Args:
+        difference: (N,) sum over a window's tokens of model's less base's cross-entropy, nats.
+        counts: (N,) tokens scored in each window.
+        seed: of the draws.
+        resamples: how many draws.
+    """
+    windows = len(counts)
+    if windows < 2:
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    difference, weight = difference.double(), counts.double()
+    ratios = []
+    for _ in range(resamples):
+        drawn = torch.randint(windows, (windows,), generator=generator)
+        total = weight[drawn].sum()
+        if total > 0:
+            ratios.append((difference[drawn].sum() / total).exp())
+    return float(torch.stack(ratios).std())
+
+
+def _score_batch(
+    models: Mapping[str, nn.Module],
+    base: nn.Module | None,
+    ids: Tensor,  # (B, L)
+    targets: Tensor,  # (B, L - 1) bool
+    sums: Mapping[str, tuple[_Sums, int]],
+) -> None:
+    window, position = targets.nonzero(as_tuple=True)  # (M,), (M,): row of the batch, position of the predicting token
+    wanted = ids[window, position + 1]  # (M,)
+    with torch.inference_mode():
+        base_logits = None if base is None else _logits(base, ids)  # (B, L, V)
+        for name, model in models.items():
+            logits = _logits(model, ids)  # (B, L, V)
+            if base_logits is not None and base_logits.shape[-1] != logits.shape[-1]:
+                raise FactorMixError(
+                    f"{name} has {logits.shape[-1]} logits and its base {base_logits.shape[-1]}: "
+                    "compare a model with the dense model it was made from."
+                )
+            step = max(1, CHUNK_BYTES // (4 * logits.shape[-1]))
+            total, start = sums[name]
+            for first in range(0, len(wanted), step):
+                part = slice(first, first + step)
+                at = (window[part], position[part])
+                _add(total, start, at, wanted[part], logits, base_logits)
+            del logits
+
+
+def _add(
+    total: _Sums, start: int, at: tuple[Tensor, Tensor], wanted: Tensor, logits: Tensor, base_logits: Tensor | None
+) -> None:
+    """Add m tokens: `at` (m,), (m,) their rows in logits (B, L, V), `wanted` (m,) the tokens that came next."""
+    rows = start + at[0]  # (m,): window of each token
+    device = logits.device
+    log_p = logits[at[0].to(device), at[1].to(device)].float().log_softmax(-1)  # (m, V)
+    wanted = wanted.to(device)[:, None]  # (m, 1)
+    total.nll.index_add_(0, rows, -log_p.gather(1, wanted)[:, 0].double().cpu())
+    if base_logits is None:
+        return
+    there = base_logits.device
+    log_q = base_logits[at[0].to(there), at[1].to(there)].to(device).float().log_softmax(-1)  # (m, V)
+    total.base_nll.index_add_(0, rows, -log_q.gather(1, wanted)[:, 0].double().cpu())
+    same = log_p.argmax(-1) == log_q.argmax(-1)  # (m,)
+    total.same.index_add_(0, rows, same.double().cpu())
+    kl = torch.nn.functional.kl_div(log_p, log_q, reduction="none", log_target=True).sum(-1)  # (m,)
+    total.kl.index_add_(0, rows, kl.double().cpu())
+
+
+def _score(name: str, sums: _Sums, counts: Tensor, compared: bool, seed: int) -> TextScore:
+    tokens, windows = int(counts.sum()), int((counts > 0).sum())
+    for who, nll in ((name, sums.nll), ("base", sums.base_nll)):
+        if not bool(torch.isfinite(nll).all()):
+            first = int((~torch.isfinite(nll)).nonzero()[0, 0])
+            raise FactorMixError(
+                f"the cross-entropy of {who} is not finite (first in window {first}): its weights or activations hold "
+                "NaN or infinity. Check the checkpoint, or evaluate in float32."
+            )
+    model = _exp(float(sums.nll.sum()) / tokens)
+    if not compared:
+        return TextScore(tokens, windows, model)
+    difference = sums.nll - sums.base_nll  # (N,)
+    return TextScore(
+        tokens=tokens,
+        windows=windows,
+        model=model,
+        base=_exp(float(sums.base_nll.sum()) / tokens),
+        ratio=_exp(float(difference.sum()) / tokens),
+        ratio_stderr=bootstrap_ratio(difference[counts > 0], counts[counts > 0], seed),
+        top1=float(sums.same.sum()) / tokens,
+        kl=max(0.0, float(sums.kl.sum()) / tokens),  # rounding may leave -1e-9 for equal distributions
+    )
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Next-token logits (B, L, V) for ids (B, L), on the device of the model, in its dtype."""
+    device = next(model.parameters()).device
+    return model(input_ids=ids.to(device), use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def _batch_size(models: Any, length: int) -> int:
+    vocab = max(int(model.get_output_embeddings().weight.shape[0]) for model in models)
+    return int(max(1, LOGIT_BYTES // (4 * length * vocab)))
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, 700.0))  # float64 overflows beyond 709

@@ -1,0 +1,216 @@
+"""The pictures of the report, drawn by matplotlib (extra ``factormix[plot]``), loaded only when something is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from factormix.run.errors import FactorMixError
+
+Row = Mapping[str, Any]
+
+# Okabe and Ito's colours, told apart by colour-blind readers and in grey
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
+METHOD_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
+GREY = "#888888"
+STYLE = {
+    "figure.dpi": 100,
+    "savefig.dpi": 160,
+    "font.size": 11,
+    "axes.titlesize": 12.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": False,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+}
+_ROUND = [digit * 10.0**power for power in range(-2, 9) for digit in (1, 2, 5)]  # ticks of a logarithmic axis
+
+CAPTIONS = {
+    "perplexity": "Perplexity ratio to the dense model by text and method",
+    "speed": "Measured speed ratio to the dense model and its limit",
+    "sites": "Label recall and captured norm by FFN",
+    "load": "Load of each routed expert by FFN",
+}
+
+
+def draw_all(folder: str | Path, methods: Mapping[str, Row], bench: Row, sites: Sequence[Row]) -> dict[str, str]:
+    """Draw every picture there is data for into `folder`; returns ``{picture: file name}``.
+
+    Args:
+        folder: an existing directory.
+        methods: ``{method: Evaluation.to_dict()}``.
+        bench: Bench.to_dict(), or {}.
+        sites: rows as `factormix.evaluate.report.write_report` takes them.
+    """
+    jobs: dict[str, tuple[Callable[..., Any], Any]] = {}
+    if any(entry.get("ratio") is not None for of in methods.values() for entry in of["perplexity"].values()):
+        jobs["perplexity"] = (draw_perplexity, methods)
+    if any(run.get("ratio") is not None for run in bench.get("runs") or []):
+        jobs["speed"] = (draw_speed, bench)
+    if any(row.get(key) is not None for row in sites for key in ("recall", "captured")):
+        jobs["sites"] = (draw_sites, sites)
+    if any(row.get("load") is not None for row in sites):
+        jobs["load"] = (draw_load, sites)
+    if jobs:
+        with _matplotlib().rc_context(STYLE):
+            for name, (draw, data) in jobs.items():
+                draw(data).savefig(Path(folder) / f"{name}.png", bbox_inches="tight", facecolor="white")
+    return {name: f"{name}.png" for name in jobs}
+
+
+def draw_perplexity(methods: Mapping[str, Row]) -> Any:
+    """Bars: perplexity over the dense model's, a group for each text, a bar for each method, standard errors."""
+    stems = list(next(iter(methods.values()))["perplexity"])
+    inside = next(iter(methods.values())).get("in_domain") or []
+    figure, axes = _figure(max(6.4, 1.2 + 0.55 * len(stems) * (len(methods) + 1)), 4.2)
+    width = 0.8 / len(methods)
+    highest, lowest = 1.0, 1.0
+    ratios = [e["ratio"] for of in methods.values() for e in of["perplexity"].values() if e.get("ratio") is not None]
+    logarithmic = max(ratios) > 12  # a collapsed baseline must not flatten the others
+    for index, (name, of) in enumerate(methods.items()):
+        entries = [(at, of["perplexity"].get(stem, {})) for at, stem in enumerate(stems)]
+        known = [(at, e["ratio"], e.get("ratio_stderr") or 0.0) for at, e in entries if e.get("ratio") is not None]
+        places = [at + (index - (len(methods) - 1) / 2) * width for at, _, _ in known]
+        heights = [ratio for _, ratio, _ in known]
+        errors = [error for _, _, error in known]
+        colour = METHOD_COLOURS[index % len(METHOD_COLOURS)]
+        base = 1.0 if logarithmic else 0.0
+        axes.bar(
+            places, [h - base for h in heights], 0.92 * width, bottom=base, yerr=errors, color=colour, label=name,
+            error_kw={"ecolor": "#333333", "elinewidth": 1.2, "capsize": 3},
+        )  # fmt: skip
+        for place, height, error in zip(places, heights, errors, strict=True):
+            text = f"{height:.2f}" if height < 99.5 else f"{height:.3g}"
+            axes.annotate(text, (place, height + error), (0, 3), textcoords="offset points", ha="center", fontsize=9)
+        highest = max([highest, *(h + e for h, e in zip(heights, errors, strict=True))])
+        lowest = min([lowest, *heights])
+    axes.axhline(1.0, color=GREY, linewidth=1.2, linestyle="--", zorder=1)
+    axes.annotate("dense", (1.0, 1.0), (4, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
+                  va="center", color="#555555", fontsize=9.5)  # fmt: skip
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.set_ylim(0.9 * lowest, highest * 1.6)
+        axes.set_yticks([t for t in _ROUND if 0.9 * lowest <= t <= highest * 1.6], minor=False)
+        axes.set_yticks([], minor=True)
+        axes.yaxis.set_major_formatter("{x:,g}")
+    else:
+        axes.set_ylim(0, highest * 1.14)
+    axes.set_xticks(range(len(stems)), [f"{s}\n(in-domain)" if s in inside else s for s in stems])
+    axes.tick_params(axis="x", length=0)
+    axes.set_ylabel("perplexity ÷ dense perplexity" + (" (log scale)" if logarithmic else ""))
+    axes.set_title("Perplexity against the dense model (lower is better)")
+    axes.grid(axis="y")
+    if len(methods) > 1:
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), ncols=min(4, len(methods)), handlelength=1.2)
+    return figure
+
+
+def draw_speed(bench: Row) -> Any:
+    """Horizontal bars: speed over the dense model's; a black mark at the limit of each setting."""
+    runs = [run for run in bench["runs"] if run["implementation"] != "dense" and run.get("ratio") is not None]
+    labels = [_setting(run) for run in runs]
+    top = max(max(run["ratio"], run.get("limit") or 0.0) for run in runs)
+    figure, axes = _figure(7.2, 1.7 + 0.55 * len(runs))
+    colours = [BLUE if run["phase"] == "decode" else ORANGE for run in runs]
+    axes.barh(range(len(runs)), [run["ratio"] for run in runs], 0.58, color=colours)
+    for at, run in enumerate(runs):
+        colour = "white" if run["phase"] == "decode" else "#222222"
+        axes.annotate(f"× {run['ratio']:.2f}", (0, at), (7, 0), textcoords="offset points", va="center",
+                      color=colour, fontsize=10, fontweight="bold")  # fmt: skip
+        if run.get("limit") is not None:
+            axes.plot([run["limit"]] * 2, [at - 0.36, at + 0.36], color="#111111", linewidth=2.4, solid_capstyle="butt")
+            axes.annotate(f"limit {run['limit']:.2f}", (run["limit"], at), (6, 0), textcoords="offset points",
+                          va="center", fontsize=9, color="#333333")  # fmt: skip
+    axes.axvline(1.0, color=GREY, linewidth=1.2, linestyle="--")
+    axes.annotate("dense", (1.0, 1.0), (0, 3), xycoords=axes.get_xaxis_transform(), textcoords="offset points",
+                  ha="center", color="#555555", fontsize=9.5)  # fmt: skip
+    axes.set_yticks(range(len(runs)), labels)
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xlim(0, top * 1.18)
+    axes.set_xlabel("tokens/s ÷ dense tokens/s")
+    axes.set_title("Speed against the dense model (higher is better)", pad=22)
+    axes.grid(axis="x")
+    return figure
+
+
+def draw_sites(sites: Sequence[Row]) -> Any:
+    """Lines over depth: label recall and captured norm of every FFN, 0 to 1."""
+    figure, axes = _figure(7.2, 3.8)
+    series = (("captured", "captured norm", BLUE, "o"), ("recall", "label recall", ORANGE, "s"))
+    for key, label, colour, marker in series:
+        known = [(at, row[key]) for at, row in enumerate(sites) if row.get(key) is not None]
+        if known:
+            places, values = zip(*known, strict=True)
+            axes.plot(places, values, color=colour, marker=marker, markersize=4.5, linewidth=1.8, label=label)
+    axes.set_ylim(0, 1.02)
+    axes.set_xlim(-0.5, len(sites) - 0.5)
+    _layer_ticks(axes, sites)
+    axes.set_ylabel("share (0 to 1)")
+    axes.set_title("What the router finds and the chosen experts hold")
+    axes.grid(axis="y")
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.18), ncols=2)
+    return figure
+
+
+def draw_load(sites: Sequence[Row]) -> Any:
+    """Heat map, experts by FFNs: share of an FFN's tokens sent to each expert, busiest expert of each FFN on top."""
+    rows = [row for row in sites if row.get("load") is not None]
+    routed = max(len(row["load"]) for row in rows)
+    blank = [float("nan")]
+    columns = [sorted(row["load"], reverse=True) + blank * (routed - len(row["load"])) for row in rows]
+    grid = [[column[rank] for column in columns] for rank in range(routed)]  # R x sites
+    figure, axes = _figure(max(5.0, 1.8 + 0.21 * len(rows)), 1.8 + 0.2 * routed)
+    image = axes.imshow(grid, aspect="auto", cmap="cividis", vmin=0, interpolation="nearest")
+    for side in axes.spines.values():
+        side.set_visible(False)
+    _layer_ticks(axes, rows)
+    step = max(1, routed // 12)
+    axes.set_yticks(range(0, routed, step), [str(rank + 1) for rank in range(0, routed, step)])
+    axes.set_ylabel("expert, busiest first")
+    axes.set_title("Load of the routed experts")
+    bar = figure.colorbar(image, ax=axes, pad=0.02)
+    bar.outline.set_visible(False)
+    even = [sum(row["load"]) / len(row["load"]) for row in rows]
+    label = "share of tokens"
+    if max(even) - min(even) < 1e-3:  # K / R, the load of every expert when all are used alike
+        bar.ax.axhline(even[0], color="white", linewidth=1.5)
+        label += f" (white line: even, {even[0]:.2f})"
+    bar.set_label(label)
+    return figure
+
+
+def _setting(run: Row) -> str:
+    size = f"batch {run['size']}" if run["phase"] == "decode" else f"{run['size']} tokens"
+    threads = "1 thread" if run["threads"] == 1 else f"{run['threads']} threads"
+    return f"{run['phase']}, {size}\n{run['dtype']}, {threads}"
+
+
+def _layer_ticks(axes: Any, rows: Sequence[Row]) -> None:
+    step = max(1, -(-len(rows) // 16))
+    places = range(0, len(rows), step)
+    axes.set_xticks(places, [str(rows[at].get("layer", at)) for at in places])
+    axes.set_xlabel("layer of the FFN")
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    """A figure of width x height inches and its axes; needs no display."""
+    figure = _matplotlib().figure.Figure(figsize=(width, height))
+    return figure, figure.add_subplot()
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+        import matplotlib.figure
+    except ImportError as error:
+        raise FactorMixError(
+            "drawing the report's plots needs matplotlib, which is not installed: pip install 'factormix[plot]'."
+        ) from error
+    return matplotlib

@@ -1,0 +1,301 @@
+"""The report folder: what was done, what it cost and what it won, readable without running anything.
+
+write_report(folder, run=record.to_dict(), evaluation={"FactorMix": e.to_dict(), "paper preset": p.to_dict()},
+             bench=b.to_dict(), sites=sites, answers=answers)
+
+folder/report.md      the summary
+folder/plots/*.png    quality, speed, and what happens at each FFN
+folder/run.json       the run, as it was recorded
+folder/results.json   everything else the summary was made from
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from factormix.evaluate import plots
+from factormix.run.directory import write_json
+
+SCHEMA_VERSION = 1
+Row = Mapping[str, Any]
+
+
+def write_report(
+    folder: str | Path,
+    run: Row,
+    evaluation: Mapping[str, Any],
+    bench: Row,
+    sites: Sequence[Row] = (),
+    answers: Sequence[Row] = (),
+) -> Path:
+    """Write the report into `folder`, which is made if it is not there, and return the path of ``report.md``.
+
+    Args:
+        folder: where to; files of the same names are replaced.
+        run: what RunRecord.to_dict() gives. ``config`` is shown as it is, with the layout first.
+        evaluation: ``{method: Evaluation.to_dict()}``, the first method being the one reported on, the others what it
+            is compared with ("paper preset", "static pruning"); or one Evaluation.to_dict().
+        bench: Bench.to_dict(), or {} if nothing was timed.
+        sites: one row an FFN, ``{site, layer, recall, captured, error_before, error_after, load}``: label recall,
+            0 to 1, share of the routed output's norm captured, 0 to 1, relative output error before and after the
+            layer fit, and load, a list of R shares of tokens, one an expert. Values may be None.
+        answers: ``{prompt, base, model}``, or ``{prompt, answers: {name: text}}`` for more than two.
+
+    Raises:
+        FactorMixError: matplotlib is missing.
+    """
+    methods = {"FactorMix": evaluation} if "perplexity" in evaluation else dict(evaluation)
+    folder = Path(folder)
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    drawn = plots.draw_all(folder / "plots", methods, bench, sites)
+    parts = [
+        "# FactorMix report",
+        _what(run),
+        _quality(methods, drawn),
+        _speed(bench, drawn),
+        _sites(sites, drawn),
+        _answers(answers),
+        _how(run),
+    ]
+    results = {
+        "schema_version": SCHEMA_VERSION,
+        "evaluation": methods,
+        "bench": bench,
+        "sites": list(sites),
+        "answers": list(answers),
+    }
+    write_json(folder / "run.json", run)
+    write_json(folder / "results.json", results)
+    path = folder / "report.md"
+    path.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return path
+
+
+def _what(run: Row) -> str:
+    config = run.get("config") or {}
+    facts = {
+        "Command": run.get("command"),
+        "Model": config.get("model"),
+        "Layout": config.get("layout"),
+        "Tokens seen": _count(run.get("tokens")),
+        "Time": _duration(sum(phase["seconds"] for phase in run.get("phases") or []) or run.get("seconds")),
+        "Peak memory": _bytes(run.get("peak_memory_bytes") or run.get("peak_bytes")),
+        "Machine": run.get("machine"),
+        "Threads, dtype, seed": _joined(run.get(key) for key in ("threads", "dtype", "seed")),
+    }
+    lines = ["## What was done", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.items() if value not in (None, "")]
+    if run.get("phases"):
+        rows = [[phase["name"], _duration(phase["seconds"])] for phase in run["phases"]]
+        lines += ["", *_table(["phase", "time"], rows)]
+    return "\n".join(lines)
+
+
+def _quality(methods: Mapping[str, Row], drawn: Mapping[str, str]) -> str:
+    if not methods:
+        return ""
+    first = next(iter(methods.values()))
+    foreign, inside = first.get("foreign") or [], first.get("in_domain") or []
+    head = ["text", "tokens", "dense perplexity", *methods]
+    rows = []
+    for stem, entry in first["perplexity"].items():
+        place = " (in-domain)" if stem in inside else " (foreign)" if inside and stem in foreign else ""
+        cells = [_ratio_cell(of.get("perplexity", {}).get(stem, {})) for of in methods.values()]
+        rows.append([stem + place, _count(entry["tokens"]), _number(entry["base"]), *cells])
+    means = {"all": "geometric mean", "in_domain": "geometric mean, in-domain", "foreign": "geometric mean, foreign"}
+    for key, label in means.items():
+        values = [(of.get("mean_ratio") or {}).get(key) for of in methods.values()]
+        if any(value is not None for value in values) and (key == "all" or inside):
+            rows.append([label, "", "", *(f"× {value:.3f}" if value is not None else "–" for value in values)])
+    lines = [
+        "## Quality",
+        "",
+        "Perplexity of each method and, in brackets, its ratio to the dense model ± standard error (bootstrap over "
+        "windows). 1 is no loss, lower is better.",
+        "",
+        *_table(head, rows),
+    ]
+    agreement = [
+        [name, stem, f"{100 * entry['top1']:.1f} %", f"{entry['kl']:.3f}"]
+        for name, of in methods.items()
+        for stem, entry in (of.get("agreement") or {}).items()
+        if entry.get("top1") is not None
+    ]
+    if agreement:
+        lines += ["", "Agreement with the dense model, token by token:", ""]
+        lines += _table(["method", "text", "same top token", "KL(dense || method), nats"], agreement)
+    return "\n".join([*lines, *_picture(drawn, "perplexity")])
+
+
+def _ratio_cell(entry: Row) -> str:
+    if entry.get("model") is None:
+        return "–"
+    if entry.get("ratio") is None:
+        return _number(entry["model"])
+    error = "" if entry.get("ratio_stderr") is None else f" ± {entry['ratio_stderr']:.3f}"
+    return f"{_number(entry['model'])} (× {entry['ratio']:.3f}{error})"
+
+
+def _speed(bench: Row, drawn: Mapping[str, str]) -> str:
+    runs = list(bench.get("runs") or [])
+    if not runs:
+        return ""
+    keys = ("phase", "size", "dtype", "threads")
+    grouped: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for run in runs:
+        grouped.setdefault(tuple(run[key] for key in keys), {})[run["implementation"]] = run
+    rows = []
+    for (phase, size, dtype, threads), by_name in grouped.items():
+        what = f"{phase}, batch {size}" if phase == "decode" else f"{phase}, {size} tokens"
+        dense, sparse = by_name.get("dense", {}), by_name.get("factormix", {})
+        rows.append([
+            what, dtype, str(threads), _spread(dense), _spread(sparse),
+            _times(sparse.get("ratio")), _times(sparse.get("limit")), _bytes(sparse.get("peak_bytes")),
+        ])  # fmt: skip
+    settings = bench.get("settings") or {}
+    how = (
+        f"Medians of {settings['repeats']} rounds, dense and FactorMix in turn" if "repeats" in settings else "Medians"
+    )
+    lines = [
+        "## Speed",
+        "",
+        f"{how}; quartiles in brackets. The limit is the ratio that the bytes of the weights read (decode) or the "
+        "floating-point operations (prefill) allow.",
+        "",
+        *_table(
+            [
+                "phase",
+                "dtype",
+                "threads",
+                "dense, tokens/s",
+                "FactorMix, tokens/s",
+                "ratio",
+                "limit",
+                "FactorMix's memory",
+            ],
+            rows,
+        ),
+    ]
+    return "\n".join([*lines, *_picture(drawn, "speed")])
+
+
+def _sites(sites: Sequence[Row], drawn: Mapping[str, str]) -> str:
+    if not sites:
+        return ""
+    names = {
+        "recall": "label recall",
+        "captured": "captured norm",
+        "error_before": "error before layer fit",
+        "error_after": "error after layer fit",
+    }
+    rows = []
+    for key, label in names.items():
+        values = [row[key] for row in sites if row.get(key) is not None]
+        if values:
+            rows.append([label, *(f"{value:.3f}" for value in (sum(values) / len(values), min(values), max(values)))])
+    lines = [
+        f"## The {len(sites)} FFNs",
+        "",
+        "Label recall: share of the experts a router should have chosen that it chose. Captured norm: share of the "
+        "routed output's norm that the chosen experts hold. Error: norm of what an FFN's output misses over the norm "
+        "of the dense output.",
+        "",
+        *_table(["", "mean", "lowest", "highest"], rows),
+    ]
+    return "\n".join([*lines, *_picture(drawn, "sites"), *_picture(drawn, "load")])
+
+
+def _answers(answers: Sequence[Row]) -> str:
+    if not answers:
+        return ""
+    lines = ["## Answers", "", "Greedy, unedited."]
+    for row in answers:
+        said = row.get("answers") or {"dense": row.get("base"), "FactorMix": row.get("model")}
+        lines += ["", "**Prompt**", "", *_verbatim(row["prompt"])]
+        for name, text in said.items():
+            if text is not None:
+                lines += ["", f"**{name}**", "", *_verbatim(text)]
+    return "\n".join(lines)
+
+
+def _how(run: Row) -> str:
+    lines: list[str] = []
+    config = dict(_flat(run.get("config") or {}))
+    if config:
+        lines += [
+            "## Configuration",
+            "",
+            *_table(["option", "value"], [[f"`{k}`", f"`{v}`"] for k, v in config.items()]),
+        ]
+    if run.get("data"):
+        rows = [[name, f"`{digest}`"] for name, digest in run["data"].items()]
+        lines += ["", "Data, by SHA-256:", "", *_table(["text", "SHA-256"], rows)]
+    if run.get("versions"):
+        lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in run["versions"].items()) + "."]
+    return "\n".join(lines).strip()
+
+
+def _flat(values: Row, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _picture(drawn: Mapping[str, str], name: str) -> list[str]:
+    return ["", f"![{plots.CAPTIONS[name]}](plots/{drawn[name]})"] if name in drawn else []
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return [line(head), "|" + " --- |" * len(head), *(line(row) for row in rows)]
+
+
+def _verbatim(text: str) -> list[str]:
+    """A code block with a fence longer than any in the text, so that nothing of it is read as Markdown."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}text", text, fence]
+
+
+def _spread(run: Row) -> str:
+    if not run:
+        return "–"
+    quartiles = run.get("tokens_per_s_iqr")
+    spread = f" ({_number(quartiles[0])}–{_number(quartiles[1])})" if quartiles else ""
+    return _number(run["tokens_per_s"]) + spread
+
+
+def _times(value: float | None) -> str:
+    return "–" if value is None else f"× {value:.2f}"
+
+
+def _number(value: float | None) -> str:
+    """Four significant digits, without an exponent below ten million."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
+
+
+def _count(value: int | None) -> str:
+    return f"{value:,}" if value else ""
+
+
+def _duration(seconds: float | None) -> str:
+    if not seconds:
+        return ""
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def _bytes(count: int | None) -> str:
+    return f"{count / 2**30:.2f} GiB" if count and count >= 2**30 else f"{count / 2**20:.0f} MiB" if count else ""
+
+
+def _joined(values: Iterable[Any]) -> str:
+    return ", ".join(str(value) for value in values if value is not None)

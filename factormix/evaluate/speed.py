@@ -1,0 +1,317 @@
+"""Tokens a second, dense against sparse, in one process and turn by turn.
+
+    result = bench(model, dense)                                        # decode batch 1, prefill 512, float32, 1 thread
+    result = bench(model, dense, decode_batches=(1, 8), dtypes=("float32", "bfloat16"), threads=(1, 2))
+    write_json(path, result.to_dict())                                  # docs/json.md
+
+Decode is the time of greedy steps with a key-value cache, the prompt's own forward left out; prefill is the time of
+one forward over a window, without cache and with the logits of the last token only. The two models take turns, who
+goes first alternates, so that a slow spell of the machine hits both; one round is warm-up. Speeds are medians over
+`repeats` rounds, with the quartiles beside; `limit` is the ratio the weights' bytes (decode) or FLOPs (prefill) allow.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from factormix.evaluate.causal import REMEDY, accepts
+from factormix.evaluate.cost import bytes_per_token, flops_per_token, weight_bytes
+from factormix.evaluate.memory import PeakMemory
+from factormix.run.errors import FactorMixError, choose
+from factormix.run.progress import progress
+from factormix.run.record import RunRecord
+
+SCHEMA_VERSION = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DENSE, SPARSE = "dense", "factormix"
+Convert = Callable[[nn.Module, torch.dtype], nn.Module]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One implementation in one setting."""
+
+    phase: str
+    """decode or prefill"""
+    size: int
+    """decode: batch size; prefill: tokens of the window"""
+    dtype: str
+    threads: int
+    implementation: str
+    """dense or factormix"""
+    tokens_per_s: float
+    """median over the rounds"""
+    tokens_per_s_iqr: tuple[float, float]
+    """first and third quartile over the rounds"""
+    ratio: float | None
+    """tokens_per_s over that of dense; None without a base"""
+    limit: float | None
+    """the ratio that the bytes (decode) or FLOPs (prefill) of the two allow; None without a base"""
+    peak_bytes: int
+    """the implementation's own weights and the most that its warm-up round held beyond them"""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All runs, and how they were made."""
+
+    runs: tuple[Run, ...]
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON of ``factormix bench``, as docs/json.md has it: the first dtype and thread count up front."""
+        defaults = (self.settings["dtype"], self.settings["threads"])
+        first = [run for run in self.runs if (run.dtype, run.threads) == defaults]
+        front: dict[str, dict[str, dict[str, float | None]]] = {"decode": {}, "prefill": {}}
+        for run in first:
+            entry = front[run.phase].setdefault(str(run.size), {"base": None, "model": None, "ratio": None})
+            entry["base" if run.implementation == DENSE else "model"] = run.tokens_per_s
+            if run.implementation == SPARSE:
+                entry["ratio"] = run.ratio
+        runs = [{**vars(run), "tokens_per_s_iqr": list(run.tokens_per_s_iqr)} for run in self.runs]
+        return {"schema_version": SCHEMA_VERSION, **front, "runs": runs, "settings": self.settings}
+
+
+def bench(
+    model: nn.Module,
+    base: nn.Module | None,
+    *,
+    decode_batches: Sequence[int] = (1,),
+    prefill_tokens: Sequence[int] = (512,),
+    dtypes: Sequence[str] = ("float32",),
+    threads: Sequence[int] = (1,),
+    prompt_tokens: int = 64,
+    new_tokens: int = 32,
+    repeats: int = 5,
+    text: Tensor | None = None,
+    convert: Convert | None = None,
+    seed: int = 0,
+    quiet: bool = True,
+) -> Bench:
+    """Time `model`, and `base` in turn with it, in every combination of the settings.
+
+    Args:
+        model: the sparse model. An encoder can be timed with ``decode_batches=()``.
+        base: the dense model it was made from, or None to time `model` alone.
+        decode_batches: batch sizes to decode with.
+        prefill_tokens: window lengths to prefill (batch 1).
+        dtypes: of "float32", "bfloat16", "float16"; the first is the default that the result shows up front.
+        threads: CPU thread counts; the count in force is put back at the end.
+        prompt_tokens: length of the prompt that decoding starts from.
+        new_tokens: tokens decoded and timed a round.
+        repeats: timed rounds.
+        text: (n,) token ids to take prompts and windows from, repeated as needed; None draws them at random. Real
+            text shows the experts' real load.
+        convert: ``convert(model, dtype)``: the model in another dtype than it has, for example by loading it again;
+            None casts a copy of the parameters.
+        seed: of the random tokens.
+        quiet: no progress line.
+
+    Raises:
+        FactorMixError: a dtype or size that cannot be, or decoding asked of a model that cannot generate.
+    """
+    implementations = {SPARSE: model} if base is None else {DENSE: base, SPARSE: model}
+    work = [("decode", size) for size in decode_batches] + [("prefill", size) for size in prefill_tokens]
+    _check(implementations, work, dtypes, threads, prompt_tokens, new_tokens, repeats)
+    if text is None:
+        text = _random_tokens(implementations.values(), seed)
+    device = _device(model)
+    settings = {
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "repeats": repeats,
+        "dtype": dtypes[0],
+        "threads": threads[0],
+        "device": str(device),
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else RunRecord("bench").machine,
+        "torch": torch.__version__,
+    }
+    combinations = [(dtype, count, *item) for dtype in dtypes for count in threads for item in work]
+    done: list[Run] = []
+    current: dict[str, nn.Module] = {}
+    held = None
+    with _settings_restored(implementations.values()):
+        for dtype, count, phase, size in progress(combinations, label="bench", total=len(combinations), quiet=quiet):
+            if held != dtype:
+                current = {}  # let go of the last dtype's copies before making new ones
+                current = {name: _as(each, DTYPES[dtype], convert) for name, each in implementations.items()}
+                held = dtype
+            torch.set_num_threads(count)
+            rounds = _rounds(current, phase, size, text, prompt_tokens, new_tokens, repeats)
+            done += _runs(current, rounds, phase, size, dtype, count)
+    return Bench(tuple(done), settings)
+
+
+def _rounds(
+    models: Mapping[str, nn.Module], phase: str, size: int, text: Tensor, prompt: int, new: int, repeats: int
+) -> dict[str, tuple[list[float], int]]:
+    """By implementation: tokens a second of each round, and the peak bytes of the warm-up round."""
+    speeds: dict[str, list[float]] = {name: [] for name in models}
+    peaks: dict[str, int] = {}
+    # for both or for none: the work must be the same
+    last_only = phase == "prefill" and all(_keeps_last(model) for model in models.values())
+
+    def once(model: nn.Module) -> float:
+        if phase == "decode":
+            return _decode(model, _take(text, size, prompt).to(_device(model)), new)
+        return _prefill(model, _take(text, 1, size).to(_device(model)), last_only)
+
+    with torch.inference_mode():
+        for name, model in models.items():
+            with PeakMemory(_device(model)) as memory:
+                once(model)
+            peaks[name] = weight_bytes(model) + memory.rise
+        for turn in range(repeats):
+            for name in list(models)[:: 1 if turn % 2 == 0 else -1]:
+                speeds[name].append(once(models[name]))
+    return {name: (speeds[name], peaks[name]) for name in models}
+
+
+def _decode(model: nn.Module, ids: Tensor, new_tokens: int) -> float:
+    """Tokens a second of `new_tokens` greedy steps for each of the B rows after the prompt `ids` (B, P)."""
+    name = "cache" if accepts(model, "cache") else "past_key_values"  # the old name, deprecated in transformers 5.2x
+    cache: dict[str, Any] = {name: DynamicCache(config=model.config), "use_cache": True}  # type: ignore[arg-type]
+    step = model(input_ids=ids, **cache).logits[:, -1:].argmax(-1)  # (B, 1)
+    start = _now(ids.device)
+    for _ in range(new_tokens):
+        step = model(input_ids=step, **cache).logits[:, -1:].argmax(-1)  # (B, 1)
+    return ids.shape[0] * new_tokens / (_now(ids.device) - start)
+
+
+def _prefill(model: nn.Module, ids: Tensor, last_only: bool) -> float:
+    """Tokens a second of one forward over `ids` (1, T)."""
+    options: dict[str, Any] = {"logits_to_keep": 1} if last_only else {}
+    if accepts(model, "use_cache"):
+        options["use_cache"] = False
+    start = _now(ids.device)
+    model(input_ids=ids, **options)
+    return ids.numel() / (_now(ids.device) - start)
+
+
+def _runs(
+    models: Mapping[str, nn.Module],
+    rounds: Mapping[str, tuple[list[float], int]],
+    phase: str,
+    size: int,
+    dtype: str,
+    threads: int,
+) -> Iterator[Run]:
+    medians = {name: statistics.median(speeds) for name, (speeds, _) in rounds.items()}
+    for name, (speeds, peak) in rounds.items():
+        compared = DENSE in models
+        limit = _cost(models[DENSE], phase, size) / _cost(models[name], phase, size) if compared else None
+        ratio = medians[name] / medians[DENSE] if compared else None
+        quartiles = torch.tensor(speeds, dtype=torch.float64).quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
+        low, high = quartiles.tolist()
+        yield Run(phase, size, dtype, threads, name, medians[name], (low, high), ratio, limit, peak)
+
+
+def _cost(model: nn.Module, phase: str, size: int) -> float:
+    """What bounds the phase: bytes of weights a step, or FLOPs of a window with the head for one token only."""
+    if phase == "decode":
+        return bytes_per_token(model, tokens=size)
+    head = flops_per_token(model) - flops_per_token(model, head=False)
+    return size * flops_per_token(model, context=size / 2, head=False) + head
+
+
+def _as(model: nn.Module, dtype: torch.dtype, convert: Convert | None) -> nn.Module:
+    """The model itself if it has the dtype; else `convert`'s, or a copy with its floating-point parameters cast."""
+    if next(model.parameters()).dtype == dtype:
+        return model
+    if convert is not None:
+        return convert(model, dtype).eval()
+    # deepcopy takes what the memo holds, so that no second copy in the old dtype ever exists and ties stay ties
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to(dtype), requires_grad=False)
+        for p in model.parameters()
+        if p.is_floating_point()
+    }
+    cast = copy.deepcopy(model, memo)
+    if hasattr(cast, "config"):
+        cast.config.dtype = dtype
+    return cast
+
+
+@contextmanager
+def _settings_restored(models: Any) -> Iterator[None]:
+    """Models in eval mode inside; the thread count and the modes as they were after."""
+    threads = torch.get_num_threads()
+    modes = [(model, model.training) for model in models]
+    try:
+        for model, _ in modes:
+            model.eval()
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for model, training in modes:
+            model.train(training)
+
+
+def _check(
+    models: Mapping[str, nn.Module],
+    work: Sequence[tuple[str, int]],
+    dtypes: Sequence[str],
+    threads: Sequence[int],
+    prompt_tokens: int,
+    new_tokens: int,
+    repeats: int,
+) -> None:
+    for dtype in dtypes:
+        choose("dtype", dtype, DTYPES)
+    if not (work and dtypes and threads):
+        raise FactorMixError("nothing to time: give a decode batch or a prefill length, a dtype and a thread count.")
+    numbers = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "repeats": repeats}
+    numbers |= {f"{phase} size": size for phase, size in work if size < 1}
+    numbers["threads"] = min(threads)
+    for name, number in numbers.items():
+        if number < 1:
+            raise FactorMixError(f"{name} received {number}; allowed: at least 1.")
+    for model in models.values():
+        kind = type(model).__name__
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise FactorMixError(f"{kind} is an encoder-decoder; bench times decoders and encoders. {REMEDY}")
+        if any(phase == "decode" for phase, _ in work) and not getattr(model, "can_generate", lambda: True)():
+            raise FactorMixError(
+                f"{kind} cannot decode: it has no next-token head. Ask for no decode batches. {REMEDY}"
+            )
+
+
+def _keeps_last(model: nn.Module) -> bool:
+    """Whether ``logits_to_keep=1`` gives one position, by running it."""
+    if not (accepts(model, "logits_to_keep") or accepts(model, "kwargs")):
+        return False
+    ids = torch.zeros(1, 2, dtype=torch.long, device=_device(model))
+    with torch.inference_mode():
+        output = model(input_ids=ids, logits_to_keep=1)
+    return getattr(output, "logits", ids[..., None]).shape[1] == 1
+
+
+def _take(text: Tensor, rows: int, length: int) -> Tensor:
+    """(rows, length) token ids from the text (n,), one after the other, starting again at its end."""
+    repeats = -(-rows * length // len(text))
+    return text.repeat(repeats)[: rows * length].view(rows, length)
+
+
+def _random_tokens(models: Any, seed: int) -> Tensor:
+    vocab = min(int(model.get_input_embeddings().weight.shape[0]) for model in models)
+    return torch.randint(vocab, (4096,), generator=torch.Generator().manual_seed(seed))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

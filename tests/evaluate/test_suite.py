@@ -1,0 +1,54 @@
+"""The JSON of eval: its keys are a promise (docs/json.md)."""
+
+import math
+
+import pytest
+
+from factormix.evaluate.perplexity import TextScore
+from factormix.evaluate.suite import Evaluation, evaluate, evaluate_for
+from factormix.run.errors import FactorMixError
+
+
+def test_json_keys_are_exact(llama, windows):
+    texts = {"brown": windows(seed=0), "foldoc": windows(seed=1)}
+    made = evaluate(llama(1), llama(0), texts, in_domain=["brown"]).to_dict()
+    assert set(made) == {"schema_version", "perplexity", "agreement", "tasks", "in_domain", "foreign", "mean_ratio"}
+    assert made["schema_version"] == 1
+    assert set(made["perplexity"]) == set(made["agreement"]) == {"brown", "foldoc"}
+    for stem in texts:
+        assert set(made["perplexity"][stem]) == {"base", "model", "ratio", "ratio_stderr", "tokens"}
+        assert set(made["agreement"][stem]) == {"top1", "kl"}
+        assert all(isinstance(value, float | int) for value in made["perplexity"][stem].values())
+    assert (made["in_domain"], made["foreign"]) == (["brown"], ["foldoc"])
+    assert set(made["mean_ratio"]) == {"all", "in_domain", "foreign"}
+
+
+def test_keys_stay_without_a_base(llama, windows):
+    made = evaluate(llama(), None, {"brown": windows()}).to_dict()
+    assert set(made["perplexity"]["brown"]) == {"base", "model", "ratio", "ratio_stderr", "tokens"}
+    assert made["perplexity"]["brown"]["ratio"] is None
+    assert made["agreement"]["brown"] == {"top1": None, "kl": None}
+    assert made["mean_ratio"] == {"all": None, "in_domain": None, "foreign": None}
+
+
+def test_means_are_geometric_and_kept_apart():
+    ratios = {"brown": 2.0, "foldoc": 3.0, "handbook": 12.0}
+    texts = {stem: TextScore(tokens=10, windows=1, model=r, base=1.0, ratio=r) for stem, r in ratios.items()}
+    means = Evaluation(texts, in_domain=("brown",)).to_dict()["mean_ratio"]
+    assert means["all"] == pytest.approx(72 ** (1 / 3))
+    assert means["in_domain"] == pytest.approx(2.0)
+    assert means["foreign"] == pytest.approx(math.sqrt(36))
+
+
+def test_methods_side_by_side(llama, windows):
+    texts = {"brown": windows()}
+    both = evaluate_for({"FactorMix": llama(1), "paper": llama(2)}, llama(0), texts)
+    assert both["paper"] == evaluate(llama(2), llama(0), texts)
+    assert both["paper"].texts["brown"].base == both["FactorMix"].texts["brown"].base
+
+
+def test_unknown_or_missing_texts_are_errors(llama, windows):
+    with pytest.raises(FactorMixError, match="in-domain text 'brwn'.*Did you mean 'brown'"):
+        evaluate(llama(), None, {"brown": windows()}, in_domain=["brwn"])
+    with pytest.raises(FactorMixError, match="no text"):
+        evaluate(llama(), None, {})
