@@ -1,0 +1,56 @@
+"""Which path runs: by the number of tokens, by whether gradients are wanted, and by whether torch.compile is tracing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from factormix.experts.grouped import grouped
+from factormix.experts.packed import PackedExperts
+from factormix.experts.tokenwise import tokenwise
+
+DECODE_TOKENS = 4  # up to this many tokens, matrix-vector products beat grouping (benchmarks/experts.py)
+
+
+def run_experts(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: PackedExperts) -> Tensor:
+    """Weighted sum of each token's chosen experts; only these run.
+
+    Args:
+        x: (T, H) in the experts' dtype.
+        chosen: (T, K) int64, distinct in a row.
+        scale: (T, K) or None for 1.
+        experts: the packed weights.
+
+    Returns:
+        (T, H).
+    """
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return _compiled(x, chosen, scale, experts.up, experts.down, experts.up_bias, experts.activation, experts.gated)
+    return _eager(x, chosen, scale, experts)
+
+
+def _eager(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: PackedExperts) -> Tensor:
+    few = len(x) <= DECODE_TOKENS and x.device.type == "cpu"
+    if few and not torch.is_grad_enabled():
+        return tokenwise(x, chosen, scale, experts)
+    return grouped(x, chosen, scale, experts)
+
+
+@torch.library.custom_op("factormix::run_experts", mutates_args=())
+def _compiled(
+    x: Tensor,
+    chosen: Tensor,
+    scale: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+    gated: bool,
+) -> Tensor:
+    """One opaque operator for torch.compile: which experts run depends on the data, which a graph cannot hold."""
+    return _eager(x, chosen, scale, PackedExperts(up, down, up_bias, activation, gated))
+
+
+@_compiled.register_fake
+def _(x, chosen, scale, up, down, up_bias, activation, gated):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,0 +1,62 @@
+"""The packed weights of R routed experts, as transformers packs them, seen as plain tensors.
+
+R experts of width W on hidden size H. An expert is one contiguous block in each tensor, so running it reads its own
+rows and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.activations import ACT2FN
+
+
+@dataclass(frozen=True)
+class PackedExperts:
+    """Views of a module's own parameters; nothing here owns memory.
+
+    Attributes:
+        up: (R, 2W, H), gate rows first then up rows, when `gated`; else (R, W, H).
+        down: (R, H, W).
+        up_bias: (R, 2W) or (R, W), or None.
+        activation: a key of transformers' ``ACT2FN``.
+        gated: act(gate) * up rather than act(up).
+    """
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    activation: str
+    gated: bool
+
+    @property
+    def act(self) -> Callable[[Tensor], Tensor]:
+        """The activation function, (..., W) -> (..., W)."""
+        return activation(self.activation)
+
+    def neurons(self, projected: Tensor) -> Tensor:
+        """Post-activation neurons from the up projection's output, (..., 2W or W) -> (..., W)."""
+        if not self.gated:
+            return self.act(projected)
+        width = projected.shape[-1] // 2
+        return self.act(projected[..., :width]) * projected[..., width:]  # (..., W)
+
+    def run(self, expert: int, x: Tensor) -> Tensor:
+        """E_i(x): one expert on every row of x, (N, H) -> (N, H). No output bias: the FFN adds that once."""
+        bias = None if self.up_bias is None else self.up_bias[expert]
+        h = self.neurons(torch.nn.functional.linear(x, self.up[expert], bias))  # (N, W)
+        return torch.nn.functional.linear(h, self.down[expert])  # (N, H)
+
+
+_CACHE: dict[str, Callable[[Tensor], Tensor]] = {}
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """ACT2FN[name], made once: ACT2FN builds a new module at each look-up, too slow for every decoded token."""
+    if name not in _CACHE:
+        functional = {"silu": torch.nn.functional.silu, "relu": torch.nn.functional.relu}
+        _CACHE[name] = functional.get(name) or ACT2FN[name]
+    return _CACHE[name]

@@ -1,0 +1,71 @@
+"""The FactorMix model class: the family's own class with some FFNs made sparse.
+
+``factormix_class(LlamaForCausalLM)`` is a subclass of it, so generate, caches, Trainer, PEFT target names and
+gradient checkpointing work as that family's do. Which FFNs are sparse, and their shapes, stand in
+``config.factormix = {"sites": {"0": {...SparseSpec...}, ...}, "made_by": {...}}``.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, cast
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from factormix.ffn import FFNSite, find_sites, get, swap
+from factormix.nn.sparse_ffn import SparseFFN, SparseSpec
+
+
+class FactorMixMixin:
+    """What a FactorMix model has beyond its family's class."""
+
+    config: PretrainedConfig
+
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        specs = {int(i): SparseSpec(**spec) for i, spec in config.factormix["sites"].items()}
+        for site in find_sites(cast(nn.Module, self)):
+            if site.index in specs:
+                swap(cast(nn.Module, self), site, SparseFFN(specs[site.index]))
+
+    def sparse_ffns(self) -> dict[int, SparseFFN]:
+        """The sparse FFNs by site index, front to back."""
+        found = [m for m in cast(nn.Module, self).modules() if isinstance(m, SparseFFN)]
+        return dict(zip(sorted(map(int, self.config.factormix["sites"])), found, strict=True))
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write a FactorMix directory, atomically and with hashes; see `factormix.checkpoint.save`."""
+        from factormix.checkpoint import save  # the floor above: this method is its front door
+
+        save(cast(PreTrainedModel, self), save_directory, **kwargs)
+
+
+@cache
+def factormix_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The FactorMix subclass of a transformers model class, e.g. FactorMixLlamaForCausalLM."""
+    name = f"FactorMix{base.__name__}"
+    return cast(
+        type[PreTrainedModel], type(name, (FactorMixMixin, base), {"__module__": __name__, "__doc__": base.__doc__})
+    )
+
+
+def base_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The family's own class of a FactorMix model (or of a dense one)."""
+    return cast(type[PreTrainedModel], next(c for c in type(model).__mro__ if "FactorMix" not in c.__name__))
+
+
+def adopt(model: PreTrainedModel, sites: dict[FFNSite, SparseSpec], made_by: dict[str, Any]) -> None:
+    """Turn a model whose FFNs were just swapped for SparseFFNs into its FactorMix class, in place.
+
+    Raises:
+        AssertionError: a site does not hold a SparseFFN of its spec (a defect of the caller).
+    """
+    for site, spec in sites.items():
+        ffn = get(model, site)
+        assert isinstance(ffn, SparseFFN) and ffn.spec == spec, site.name
+    model.config.factormix = {
+        "sites": {str(site.index): spec.to_dict() for site, spec in sites.items()},
+        "made_by": made_by,
+    }
+    model.__class__ = factormix_class(base_class(model))

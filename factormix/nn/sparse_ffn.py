@@ -1,0 +1,152 @@
+"""SparseFFN: a feed-forward network whose neurons are cut into shared ones and routed experts.
+
+    y = F_shared(x) + sum over the K chosen i of s_i * E_i(x) + b_2
+
+With K = R and s = 1 this is the dense FFN to rounding. Only the chosen experts run, for every batch, length and mode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from factormix.experts import PackedExperts, run_experts
+from factormix.nn.layout import Layout
+from factormix.nn.router import Router
+from factormix.run.errors import choose
+
+Gate = Literal["hard", "paper", "soft"]
+
+
+@dataclass(frozen=True)
+class SparseSpec:
+    """All that decides a SparseFFN's shapes: what config.json holds for each site.
+
+    Attributes:
+        hidden: H.
+        width: W, neurons of an expert; the shared part has S * W.
+        shared, active, slices: S, K, E of the layout.
+        activation: a key of ``ACT2FN``.
+        gated: act(gate) * up, or act(up).
+        up_bias, down_bias: whether the dense FFN had them.
+        gate: "hard" (output times 1), "paper" (times E / K), "soft" (times the sigmoid of the score).
+    """
+
+    hidden: int
+    width: int
+    shared: int
+    active: int
+    slices: int
+    activation: str
+    gated: bool
+    up_bias: bool = False
+    down_bias: bool = False
+    gate: Gate = "hard"
+
+    def __post_init__(self) -> None:
+        choose("gate", self.gate, get_args(Gate))
+
+    @property
+    def layout(self) -> Layout:
+        """S, K and E."""
+        return Layout(self.shared, self.active, self.slices)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+class SharedNeurons(nn.Module):
+    """The neurons that run for every token: one FFN of width S * W without output bias, (T, H) -> (T, H)."""
+
+    def __init__(self, spec: SparseSpec) -> None:
+        super().__init__()
+        width = spec.shared * spec.width
+        self.activation, self.gated = spec.activation, spec.gated
+        self.up_proj = nn.Linear(spec.hidden, (2 if spec.gated else 1) * width, bias=spec.up_bias)  # gate rows first
+        self.down_proj = nn.Linear(width, spec.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, H) -> (T, H)."""
+        view = PackedExperts(self.up_proj.weight, self.down_proj.weight, None, self.activation, self.gated)
+        return cast(Tensor, self.down_proj(view.neurons(self.up_proj(x))))
+
+
+class RoutedExperts(nn.Module):
+    """The packed weights of R experts, named and shaped as transformers' MoE blocks have them.
+
+    ``gate_up_proj`` (R, 2W, H) when gated, else ``up_proj`` (R, W, H); ``down_proj`` (R, H, W); ``up_bias`` (R, 2W or W).
+    """
+
+    def __init__(self, spec: SparseSpec) -> None:
+        super().__init__()
+        routed, rows = spec.layout.routed, (2 if spec.gated else 1) * spec.width
+        self.activation, self.gated = spec.activation, spec.gated
+        self.up_name = "gate_up_proj" if spec.gated else "up_proj"
+        self.register_parameter(self.up_name, nn.Parameter(torch.empty(routed, rows, spec.hidden)))
+        self.down_proj = nn.Parameter(torch.empty(routed, spec.hidden, spec.width))
+        self.up_bias = nn.Parameter(torch.empty(routed, rows)) if spec.up_bias else None
+
+    def packed(self) -> PackedExperts:
+        """The same weights as plain tensors; no copy."""
+        up = getattr(self, self.up_name)
+        return PackedExperts(up, self.down_proj, self.up_bias, self.activation, self.gated)
+
+    def forward(self, x: Tensor, chosen: Tensor, scale: Tensor | None) -> Tensor:
+        """x (T, H), chosen (T, K), scale (T, K) or None -> (T, H)."""
+        packed = self.packed()
+        if torch.is_autocast_enabled(x.device.type):  # the addition into x's dtype must not meet a mix of dtypes
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return run_experts(x, chosen, scale, packed)
+
+
+class SparseFFN(nn.Module):
+    """A sparse FFN (..., H) -> (..., H) that stands where a dense one stood; see the module's equation.
+
+    While training, a chosen expert's output is multiplied by 1 + p - detach(p), p = sigmoid(score): the value stays 1,
+    and any loss on the output reaches the router.
+    """
+
+    def __init__(self, spec: SparseSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        layout = spec.layout
+        self.shared = SharedNeurons(spec) if layout.shared else None
+        self.router = Router(spec.hidden, layout.routed, layout.active) if layout.routed else None
+        self.experts = RoutedExperts(spec) if layout.routed else None
+        self.bias = nn.Parameter(torch.empty(spec.hidden)) if spec.down_bias else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states (..., H) -> (..., H)."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
+        y: Tensor | None = None if self.shared is None else self.shared(x)  # (T, H)
+        if self.router is not None and self.experts is not None:
+            scores, chosen = self.router(x)  # (T, R), (T, K)
+            routed = self.experts(x, chosen, self.scale(scores, chosen))  # (T, H)
+            y = routed if y is None else y + routed
+        assert y is not None  # Layout refuses S + K = 0
+        if self.bias is not None:
+            y = y + self.bias
+        return y.view(hidden_states.shape)
+
+    def scale(self, scores: Tensor, chosen: Tensor) -> Tensor | None:
+        """What each chosen expert's output is multiplied by: (T, R), (T, K) -> (T, K), or None for 1."""
+        straight_through = self.training and torch.is_grad_enabled()
+        if self.spec.gate == "hard" and not straight_through:
+            return None
+        p = scores.gather(1, chosen).sigmoid()  # (T, K)
+        if self.spec.gate == "soft":
+            return p
+        factor = self.spec.slices / self.spec.active if self.spec.gate == "paper" else 1.0
+        return factor * (1 + p - p.detach()) if straight_through else torch.full_like(p, factor)
+
+    def active_parameters(self) -> int:
+        """Number of parameters that one token uses."""
+        total = sum(p.numel() for p in self.parameters())
+        if self.experts is None:
+            return total
+        routed = sum(p.numel() for p in self.experts.parameters())
+        return total - routed + routed * self.spec.active // self.spec.layout.routed
