@@ -45,7 +45,7 @@ def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, max_new_tokens: 
     )
     own = model.generation_config
     was_training = model.training
-    model.eval()
+    model.train(False)
     # generate() fills what `rule` leaves open from the model's own
     model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
     try:

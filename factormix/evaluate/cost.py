@@ -65,7 +65,7 @@ def flops_per_token(model: nn.Module, context: float = 0.0, head: bool = True) -
         head: whether the output head runs for this token (prefill needs it for the last token only).
     """
     parts = _parts(model, skip=None if head else _output_head(model))
-    # the idle parameters are matrix elements (each routed expert's biases, if any, are a rounding error)
+    # the idle parameters are matrix elements (biases of routed experts, where there are some, are a rounding error)
     flops = sum(2.0 * (part.matrix - (part.parameters - part.active)) for part in parts)
     return flops + _attention_flops(model, context)
 
@@ -85,8 +85,7 @@ def count_flops(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> int:
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, tied ones once."""
-    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
 def _parts(model: nn.Module, skip: nn.Module | None = None) -> list[Part]:

@@ -174,7 +174,7 @@ def _speed(bench: Row, drawn: Mapping[str, str]) -> str:
                 "FactorMix, tokens/s",
                 "ratio",
                 "limit",
-                "FactorMix's memory",
+                "FactorMix, memory",
             ],
             rows,
         ),

@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from factormix.data.packing import Packed
-from tests.evaluate.tiny import HEADS, HIDDEN, INNER, LAYERS, VOCAB, HalfIdle
+from factormix.nn.sparse_ffn import SparseFFN
+from tests.evaluate.tiny import HEADS, HIDDEN, INNER, LAYERS, SPEC, VOCAB
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +65,10 @@ def windows() -> Callable[..., Packed]:
 
 @pytest.fixture
 def sparse_llama(llama: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
-    """A llama whose FFNs say that they use 5/8 of their parameters for a token."""
+    """A llama with FFNs S4A1E8: half their neurons and one of four experts run for a token."""
     model = llama()
     for layer in model.model.layers:
-        layer.mlp = HalfIdle()
+        layer.mlp = SparseFFN(SPEC)
+        for parameter in layer.mlp.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()

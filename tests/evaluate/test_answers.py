@@ -7,7 +7,6 @@ from transformers import BertConfig, BertModel, GenerationConfig, PreTrainedToke
 
 from factormix.evaluate.answers import answer
 from factormix.run.errors import FactorMixError
-
 from tests.evaluate.tiny import VOCAB
 
 

@@ -11,7 +11,9 @@ ATTENTION = 4 * HIDDEN * HIDDEN  # q, k, v, o
 FFN = 3 * HIDDEN * INNER
 NORMS = (2 * LAYERS + 1) * HIDDEN
 HEAD = VOCAB * HIDDEN
-IDLE = 3 * HIDDEN * (INNER // 8) * 3  # three of four experts
+ROUTED = 3 * HIDDEN * INNER // 2  # four experts of the eight slices
+ROUTER = 4 * HIDDEN
+SAVED = LAYERS * (3 * ROUTED // 4 - ROUTER)  # three of four experts idle, the router added
 
 
 def test_flops_of_a_llama_forward_equal_the_formula(llama):
@@ -44,16 +46,27 @@ def test_a_tied_head_is_read_once(llama):
 
 def test_idle_experts_are_not_read(llama, sparse_llama):
     dense = llama()
-    assert parameters_per_token(dense) - parameters_per_token(sparse_llama) == LAYERS * IDLE
-    assert flops_per_token(dense) - flops_per_token(sparse_llama) == 2 * LAYERS * IDLE
-    assert bytes_per_token(dense) - bytes_per_token(sparse_llama) == pytest.approx(4 * LAYERS * IDLE)
+    assert parameters_per_token(dense) - parameters_per_token(sparse_llama) == SAVED
+    assert flops_per_token(dense) - flops_per_token(sparse_llama) == 2 * SAVED
+    assert bytes_per_token(dense) - bytes_per_token(sparse_llama) == pytest.approx(4 * SAVED)
+
+
+def test_the_counted_flops_of_a_sparse_forward_are_those_of_the_arithmetic(llama, sparse_llama):
+    ids = torch.arange(10)[None]
+    saved = count_flops(llama(), ids) - count_flops(sparse_llama, ids)
+    assert saved == 10 * (flops_per_token(llama()) - flops_per_token(sparse_llama)) > 0
 
 
 def test_more_tokens_leave_fewer_experts_idle(llama, sparse_llama):
-    routed = 3 * HIDDEN * (INNER // 8) * 4
     saved = [bytes_per_token(llama()) - bytes_per_token(sparse_llama, tokens=batch) for batch in (1, 2, 3)]
-    assert saved == pytest.approx([4 * LAYERS * routed * 0.75**batch for batch in (1, 2, 3)])
+    assert saved == pytest.approx([4 * LAYERS * (ROUTED * 0.75**batch - ROUTER) for batch in (1, 2, 3)])
     assert bytes_per_token(llama(), tokens=3) == bytes_per_token(llama())
+
+
+def test_a_weight_of_two_modules_is_read_once(llama):
+    tied = llama()
+    tied.model.layers[1].mlp.up_proj.weight = tied.model.layers[0].mlp.up_proj.weight
+    assert parameters_per_token(llama()) - parameters_per_token(tied) == HIDDEN * INNER
 
 
 def test_shared_layers_count_once():

@@ -113,9 +113,12 @@ def tiny_bert(kind, **changes):
     return kind(BertConfig(vocab_size=VOCAB, **sizes, **changes)).eval()
 
 
-@pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM, BertLMHeadModel])
-def test_encoders_are_refused_with_what_is_possible(kind, windows):
-    with pytest.raises(FactorMixError, match=f"{kind.__name__}.*causal language model.*bench"):
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(BertModel, "does not predict"), (BertForMaskedLM, "does not predict"), (BertLMHeadModel, "sees the tokens")],
+)
+def test_encoders_are_refused_with_what_is_possible(kind, reason, windows):
+    with pytest.raises(FactorMixError, match=f"{kind.__name__}. {reason}.*causal language model.*bench"):
         evaluate_text(tiny_bert(kind), windows())
 
 

@@ -8,7 +8,6 @@ from factormix.evaluate import speed
 from factormix.evaluate.cost import bytes_per_token, flops_per_token, weight_bytes
 from factormix.evaluate.speed import bench
 from factormix.run.errors import FactorMixError
-
 from tests.evaluate.tiny import LAYERS, VOCAB
 
 QUICK = {"prompt_tokens": 4, "new_tokens": 3, "repeats": 3, "prefill_tokens": (8,)}

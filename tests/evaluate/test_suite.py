@@ -44,6 +44,7 @@ def test_methods_side_by_side(llama, windows):
     texts = {"brown": windows()}
     both = evaluate_for({"FactorMix": llama(1), "paper": llama(2)}, llama(0), texts)
     assert both["paper"] == evaluate(llama(2), llama(0), texts)
+    assert both["FactorMix"] == evaluate(llama(1), llama(0), texts)
     assert both["paper"].texts["brown"].base == both["FactorMix"].texts["brown"].base
 
 
