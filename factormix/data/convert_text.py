@@ -62,19 +62,26 @@ def brown_document(tagged: str) -> str:
 
 
 def _detokenise(words: list[str]) -> str:
-    text, glue, quote_open, last = "", True, False, ""
+    words = [w for i, w in enumerate(words) if i == 0 or w != words[i - 1] or w not in (";", "?", "!", ":")]  # doubled
+    for i in range(len(words) - 1):
+        if words[i] == "''" and words[i + 1] in (",", ".", "?", "!"):  # as printed: the closing quote comes last
+            words[i], words[i + 1] = words[i + 1], words[i]
+    text, glue, quote_open = "", True, False
     for word in words:
-        if word == last and word in (";", "?", "!", ":"):  # the corpus writes these twice where a sentence ends
-            continue
-        last = word
         opens = word in ("``", "(", "[") or (word == "'" and not quote_open)
         closes = word in (",", ".", ";", ":", "?", "!", ")", "]", "''") or (word == "'" and quote_open)
         if word == "'":
             quote_open = not quote_open
-        shown = '"' if word in ("``", "''") else word
+        shown = '"' if word in ("``", "''") else _brown_signs(word)
         text += shown if glue or closes else " " + shown
         glue = opens
     return text
+
+
+def _brown_signs(word: str) -> str:
+    """The corpus's codes inside a word: ``32*0C`` is 32°C, ``f{t}`` is f(t), ``**ya`` a Greek letter (left out)."""
+    word = re.sub(r"(?<=\d)\*&?0", "°", word)
+    return re.sub(r"\*\*[a-z]{2}", "", word).replace("{", "(").replace("}", ")")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,7 +187,7 @@ def convert_foldoc(packages: Sequence[Path], out: Path) -> None:
 
 def foldoc_document(entry: str) -> str:
     """An entry as its headword and its paragraphs, one a line; no categories, dates, sources and link braces."""
-    blocks = [block for block in re.split(r"\n[ \t]*\n", entry) if block.strip()]
+    blocks = [block for block in re.split(r"\n\n+", entry) if block.strip()]  # "   " alone is a broken line
     if len(blocks) < 2:
         return ""
     headword = blocks[0].strip().splitlines()[0].strip()
@@ -196,12 +203,14 @@ def _foldoc_paragraph(block: str) -> str:
     text = re.sub(r"^(?:\d+\. )?(?:<[^<>]*> ?)+", "", text)  # <language, humour>
     text = re.sub(r"\[\{[^{}]*\}\]", "", text)  # [{Jargon File}]
     text = re.sub(r"\s*\((?:ftp|https?|news|gopher|telnet|mailto):[^\s{}]*\)(?=[\s}.,;:]|$)", "", text)
-    text = re.sub(r"\{([^{}]*?) \([^{}]*\)\}", r"\1", text)  # {shown (target)}
-    text = re.sub(r"\{([^{}]*)\}", r"\1", text)  # {shown}
+    for _ in range(2):  # links lie inside links now and then
+        text = re.sub(r"\{([^{}]*?) \([^{}]*\)\}", r"\1", text)  # {shown (target)}
+        text = re.sub(r"\{([^{}]*)\}", r"\1", text)  # {shown}
     text = re.sub(r"__(\S(?:.*?\S)?)__", r"\1", text).strip()
     if re.fullmatch(r"\(\d{4}-\d\d(?:-\d\d)?\)|[\W\d]*", text) or re.fullmatch(r"[^.]{0,60}wiki entry\.?", text):
         return ""
-    return text
+    letters = sum(letter.isalpha() for letter in text)
+    return text if letters * 5 >= len(text.replace(" ", "")) * 3 else ""  # else a drawing, a table or a number
 
 
 def _base64_number(digits: str) -> int:

@@ -1,0 +1,116 @@
+"""Every bad input is refused with the place and the remedy; every good one is read as documented."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from factormix.data.text import read_documents
+from factormix.run.errors import FactorMixError
+
+
+def write(path: Path, content: str | bytes | list[object]) -> Path:
+    if isinstance(content, list):
+        content = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in content) + "\n"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_txt_documents_are_separated_by_blank_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "\ufeff\n\n one\nstill one\r\n \t\r\n\r\ntwo\n\n\n\nthree")
+    documents = read_documents(path)
+    assert documents.texts == [" one\nstill one", "two", "three"]
+    assert (documents.name, documents.kind, len(documents)) == ("a", "text", 3)
+    assert documents.records[1] == {"text": "two"}
+    assert documents.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert str(documents) == "a: 3 text documents, 22 characters"
+
+
+@pytest.mark.parametrize(
+    ("lines", "kind", "texts"),
+    [
+        ([{"text": "a"}, "", {"text": "b", "id": 3}], "text", ["a", "b"]),
+        ([{"text": "a", "label": "x"}, {"text": "b", "label": 1}], "labelled", ["a", "b"]),
+        (
+            [{"prompt": "{} is in Peru.", "targets": ["Lima", "Cusco"]}, {"prompt": "Capital:", "targets": "Lima"}],
+            "knowledge",
+            ["Lima is in Peru.", "Capital: Lima"],
+        ),
+    ],
+)
+def test_jsonl_kinds(tmp_path: Path, lines: list[object], kind: str, texts: list[str]) -> None:
+    documents = read_documents(write(tmp_path / "a.jsonl", lines))
+    assert (documents.kind, documents.texts) == (kind, texts)
+    assert [record.keys() for record in documents.records] == [line.keys() for line in lines if isinstance(line, dict)]
+    assert all(isinstance(record.get("targets", []), list) for record in documents.records)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", "", ["empty"]),
+        ("a.txt", " \n\t\n", ["empty"]),
+        ("a.jsonl", "\n", ["empty"]),
+        ("a.txt", b"abc\0def", ["binary", "byte 3"]),
+        ("a.txt", "abc".encode("utf-16"), ["UTF-16", "byte 3"]),
+        ("a.txt", b"ab\xffc", ["not UTF-8", "0xff", "offset 2"]),
+        ("a.csv", "a,b", ["'.csv'", ".txt and .jsonl"]),
+        ("a.jsonl", ['{"text": "a"}', "", '{"text": }'], ["line 3", "not JSON", "column 10"]),
+        ("a.jsonl", ["[1]"], ["line 1", "list"]),
+        ("a.jsonl", [{"txet": "a"}], ["line 1", "'txet'", "Did you mean 'text'?"]),
+        ("a.jsonl", [{"prompt": "a", "target": "b"}], ["'target'", "Did you mean 'targets'?"]),
+        ("a.jsonl", [{}], ["none"]),
+        ("a.jsonl", [{"text": "a"}, {"text": "b", "label": 1}], ["line 2 is labelled", "text"]),
+        ("a.jsonl", [{"text": 3}], ["'text' received 3"]),
+        ("a.jsonl", [{"text": " "}], ["'text' received ' '"]),
+        ("a.jsonl", [{"text": "a", "label": None}], ["'label' received None"]),
+        ("a.jsonl", [{"text": "a", "label": True}], ["'label' received True"]),
+        ("a.jsonl", [{"prompt": "a", "targets": []}], ["'targets' received []"]),
+        ("a.jsonl", [{"prompt": "{} {}", "targets": ["b"]}], ["more than once"]),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, content: str | bytes | list[object], words: list[str]) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(FactorMixError) as caught:
+        read_documents(path)
+    assert all(word in str(caught.value) for word in [str(path), *words]), caught.value
+
+
+def test_missing_files_and_directories(tmp_path: Path) -> None:
+    write(tmp_path / "brown.txt", "x")
+    with pytest.raises(FactorMixError, match=r"does not exist. Did you mean '.*brown.txt'"):
+        read_documents(tmp_path / "brwn.txt")
+    with pytest.raises(FactorMixError, match="does not exist"):
+        read_documents([str(tmp_path / "gone" / "brwn.txt")])
+    with pytest.raises(FactorMixError, match="is a directory"):
+        read_documents(tmp_path)
+
+
+def test_several_files(tmp_path: Path) -> None:
+    one, two = write(tmp_path / "one.txt", "a\n\nb"), write(tmp_path / "two.jsonl", [{"text": "c"}])
+    both = read_documents([one, str(two)])
+    assert (both.name, both.texts) == ("one+two", ["a", "b", "c"])
+    assert both.sha256 != read_documents([two, one]).sha256
+    assert read_documents([one]) == read_documents(one)
+    labelled = write(tmp_path / "three.jsonl", [{"text": "c", "label": 1}])
+    with pytest.raises(FactorMixError, match="one is text, three is labelled"):
+        read_documents([one, labelled])
+
+
+def test_strings_from_python(tmp_path: Path) -> None:
+    documents = read_documents(["first document", " ", "second.txt\nis text"])
+    assert documents.texts == ["first document", "second.txt\nis text"] and documents.kind == "text"
+    assert read_documents(documents) is documents
+    assert documents.sha256 != read_documents(["first documentsecond.txt\nis text"]).sha256
+    path = write(tmp_path / "a.txt", "x")
+    for wrong, words in (
+        ([], "no text given"),
+        (["  "], "all 1 documents given are empty"),
+        ([3], "received 3"),
+        ([path, "a document"], "mixes file names"),
+    ):
+        with pytest.raises(FactorMixError, match=words):
+            read_documents(wrong)  # type: ignore[arg-type]
