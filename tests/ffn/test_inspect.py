@@ -11,6 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, MambaConfig
 from transformers.pytorch_utils import Conv1D
 
+from factormix.ffn import cost, find_sites
 from factormix.ffn.cost import inspect_model
 from factormix.run.errors import FactorMixError
 from tests.families import TINY, tiny_config, tiny_inputs, tiny_model
@@ -113,6 +114,13 @@ def test_only_the_config_of_a_directory_is_read_and_the_report_is_json(tmp_path:
     assert report.model_class == "BertForSequenceClassification"
     written = json.loads(json.dumps(report.to_dict()))
     assert written["flops_share"] == report.flops_share and written["groups"][0]["inner"] == 64
+
+
+def test_a_config_is_built_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(cost, "find_sites", lambda model: seen.append(model) or find_sites(model))
+    inspect_model(tiny_config("gpt2"))
+    assert all(parameter.is_meta for parameter in seen[0].parameters())
 
 
 def test_a_config_without_architectures_is_built_as_the_base_model() -> None:
