@@ -30,9 +30,9 @@ def greedy(model, ids, steps, stop=1):
 
 def test_is_greedy_whatever_the_model_is_used_to(llama, tokenizer):
     model = llama().train()
-    own = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=9.0, min_new_tokens=30)
-    model.generation_config = own
     expected = greedy(llama(), [5, 6, 7], 12)[3:]
+    own = GenerationConfig(do_sample=True, temperature=5.0, repetition_penalty=9.0, suppress_tokens=expected[:1])
+    model.generation_config = own
     assert answer(model, tokenizer, "w5 w6 w7", 12) == tokenizer.decode(expected, skip_special_tokens=True)
     assert model.generation_config is own and model.training
 
