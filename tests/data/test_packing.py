@@ -63,6 +63,7 @@ def test_without_eos_nothing_joins() -> None:
         ("<s> $A", True, [[BOS, *ids(0, 1, 2)], [BOS, *ids(3, 4, 5)]]),  # never two
         ("<s> $A", False, [ids(0, 1, 2, 3)]),
         ("[CLS] $A [SEP]", None, [[CLS, *ids(0, 1), SEP], [CLS, *ids(2, 3), SEP], [CLS, *ids(4, 5), SEP]]),  # BERT
+        ("[CLS] $A [SEP]", True, [[CLS, *ids(0, 1), SEP], [CLS, *ids(2, 3), SEP], [CLS, *ids(4, 5), SEP]]),
     ],
 )
 def test_special_tokens_around_every_window(template: str, bos: bool | None, expected: list[list[int]]) -> None:

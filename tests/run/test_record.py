@@ -29,7 +29,7 @@ def test_record_is_whole_and_documented(tmp_path: Path) -> None:
     record.metrics["perplexity"] = float("inf")
     record.write(tmp_path / "run.json")
     read = json.loads((tmp_path / "run.json").read_text())
-    assert list(read)[0] == "schema_version" and read["schema_version"] == 1
+    assert next(iter(read)) == "schema_version" and read["schema_version"] == 1
     assert read["config"] == {"tokens": 3} and read["metrics"] == {"perplexity": None}
     assert [phase["name"] for phase in read["phases"]] == ["fit", "fit"] and record.seconds("fit") >= 0.02
     assert read["versions"]["torch"] == torch.__version__ and read["threads"] == torch.get_num_threads()

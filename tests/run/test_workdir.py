@@ -20,7 +20,13 @@ def test_resume_with_the_same_fingerprint(tmp_path: Path) -> None:
     work = WorkDirectory(tmp_path / "out.work", FINGERPRINT)
     assert not work.done("fit-00")
     base = torch.arange(6.0).reshape(2, 3)
-    tensors = {"a": base, "view": base.T, "half": torch.ones(2, dtype=torch.bfloat16), "n": torch.tensor(3)}
+    tensors = {
+        "a": base,
+        "view": base.T,
+        "same": base,
+        "half": torch.ones(2, dtype=torch.bfloat16),
+        "n": torch.tensor(3),
+    }
     work.save("fit-00", tensors, {"loss": 0.5})
     work.save("empty", {})
     again = WorkDirectory(tmp_path / "out.work", FINGERPRINT)
@@ -118,7 +124,7 @@ work = workdir.WorkDirectory({str(path)!r}, {{"a": 1}})
 assert work.done("one")
 work.save("two", {{"a": torch.zeros(3)}}, {{"version": "new"}})
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     again = WorkDirectory(path, {"a": 1})
     assert again.load("one")[1] == {"version": "old"}
