@@ -46,9 +46,12 @@ class PackedExperts:
 
     def run(self, expert: int, x: Tensor) -> Tensor:
         """E_i(x): one expert on every row of x, (N, H) -> (N, H). No output bias: the FFN adds that once."""
+        return torch.nn.functional.linear(self.expert_neurons(expert, x), self.down[expert])  # (N, H)
+
+    def expert_neurons(self, expert: int, x: Tensor) -> Tensor:
+        """Post-activation neurons of one expert, (N, H) -> (N, W)."""
         bias = None if self.up_bias is None else self.up_bias[expert]
-        h = self.neurons(torch.nn.functional.linear(x, self.up[expert], bias))  # (N, W)
-        return torch.nn.functional.linear(h, self.down[expert])  # (N, H)
+        return self.neurons(torch.nn.functional.linear(x, self.up[expert], bias))  # (N, W)
 
 
 _CACHE: dict[str, Callable[[Tensor], Tensor]] = {}

@@ -71,8 +71,12 @@ class SharedNeurons(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, H) -> (T, H)."""
+        return cast(Tensor, self.down_proj(self.neurons(x)))
+
+    def neurons(self, x: Tensor) -> Tensor:
+        """Post-activation neurons, (T, H) -> (T, S * W)."""
         view = PackedExperts(self.up_proj.weight, self.down_proj.weight, None, self.activation, self.gated)
-        return cast(Tensor, self.down_proj(view.neurons(self.up_proj(x))))
+        return view.neurons(self.up_proj(x))
 
 
 class RoutedExperts(nn.Module):

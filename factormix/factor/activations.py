@@ -1,0 +1,74 @@
+"""What a partition needs to know of one FFN's neurons, streamed: memory does not grow with the calibration text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from factormix.ffn.site import Activation, FFNWeights
+from factormix.run.errors import FactorMixError
+
+SAMPLE = 4096  # tokens kept for the patterns
+
+
+class ActivationStats:
+    """Second moments of all neurons over all tokens, and an even sample of the FFN's inputs.
+
+    Attributes:
+        weights: of the dense FFN.
+        act: its activation function.
+        tokens: how many tokens were seen.
+        sample: (n, H), n <= 4,096 inputs, each seen token with equal probability (reservoir sampling).
+    """
+
+    def __init__(self, weights: FFNWeights, act: Activation, seed: int = 0, sample: int = SAMPLE) -> None:
+        self.weights, self.act = weights, act
+        self.tokens = 0
+        self._squares = torch.zeros(self.inner, dtype=torch.float64)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._keys = torch.empty(0)
+        self._sample = sample
+        self.sample = torch.empty(0, weights.up.shape[1])
+
+    @property
+    def inner(self) -> int:
+        """I."""
+        return len(self.weights.up)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Add inputs of the FFN, x (T, H).
+
+        Raises:
+            FactorMixError: NaN or infinity among the neurons.
+        """
+        squares = self.weights.neurons(x, self.act).float().square().sum(0).cpu()  # (I,)
+        if not bool(torch.isfinite(squares).all()):
+            raise FactorMixError(
+                "NaN or infinity among the neurons on the calibration text; check the model, or use --dtype float32."
+            )
+        self._squares += squares
+        self.tokens += len(x)
+        keys = torch.cat([self._keys, torch.rand(len(x), generator=self._generator)])  # n + T
+        kept = keys.topk(min(self._sample, len(keys))).indices.sort().values  # the largest keys of all seen so far
+        new = kept[kept >= len(self.sample)] - len(self.sample)
+        old = self.sample[kept[kept < len(self.sample)]]
+        self.sample = torch.cat([old, x[new.to(x.device)].float().cpu()])  # (n, H)
+        self._keys = keys[kept]
+
+    @property
+    def energy(self) -> Tensor:
+        """(I,) mean over tokens of a_j^2 |d_j|^2: what neuron j adds to the FFN's output."""
+        down = self.weights.down.float().square().sum(1).cpu()  # (I,)
+        return (self._squares / max(self.tokens, 1)).float() * down
+
+    def sampled_energy(self) -> Tensor:
+        """(n, I) the same energy at each token of the sample."""
+        device, dtype = self.weights.up.device, self.weights.up.dtype
+        neurons = self.weights.neurons(self.sample.to(device, dtype), self.act).float().cpu()  # (n, I)
+        return neurons.square() * self.weights.down.float().square().sum(1).cpu()
+
+    def most_important(self, count: int) -> tuple[Tensor, Tensor]:
+        """Indices of the `count` neurons with most energy, and of the others, both ascending."""
+        order = self.energy.argsort(descending=True, stable=True)
+        return order[:count].sort().values, order[count:].sort().values

@@ -1,0 +1,73 @@
+"""Assemble: the neurons of a dense FFN, moved into the packed weights of a sparse one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from factormix.factor.partition.assignment import Assignment
+from factormix.ffn import FFNSite, FFNWeights
+from factormix.nn import Layout, SparseFFN, SparseSpec
+
+
+def sparse_spec(site: FFNSite, layout: Layout, gate: str) -> SparseSpec:
+    """The shapes of the sparse FFN that replaces the dense one at `site`."""
+    return SparseSpec(
+        hidden=site.hidden,
+        width=layout.width(site.inner),
+        shared=layout.shared,
+        active=layout.active,
+        slices=layout.slices,
+        activation=site.activation,
+        gated=site.gated,
+        up_bias=site.up_bias or site.gate_bias,
+        down_bias=site.down_bias,
+        gate=gate,  # type: ignore[arg-type]
+    )
+
+
+@torch.no_grad()
+def assemble(spec: SparseSpec, weights: FFNWeights, assignment: Assignment) -> SparseFFN:
+    """A SparseFFN with the dense FFN's own weights, neurons in the assignment's order, and a router of zeros."""
+    with torch.device("meta"):
+        ffn = SparseFFN(spec)
+    ffn = ffn.to_empty(device=weights.up.device).to(weights.up.dtype)
+    order = assignment.order.to(weights.up.device)
+    cut = len(assignment.shared)
+    up, bias = _stacked(weights.up, weights.gate), _stacked(_bias(weights), _bias(weights, gate=True))
+    down = weights.down[order]  # (I, H)
+    if ffn.shared is not None:
+        ffn.shared.up_proj.weight.copy_(_rows(up, order[:cut]))  # (2SW, H)
+        ffn.shared.down_proj.weight.copy_(down[:cut].T)  # (H, SW)
+        if bias is not None:
+            ffn.shared.up_proj.bias.copy_(_rows(bias, order[:cut]))
+    if ffn.experts is not None and ffn.router is not None:
+        for i, neurons in enumerate(assignment.experts.to(order.device)):
+            getattr(ffn.experts, ffn.experts.up_name)[i].copy_(_rows(up, neurons))  # (2W, H)
+            if bias is not None and ffn.experts.up_bias is not None:
+                ffn.experts.up_bias[i].copy_(_rows(bias, neurons))
+        ffn.experts.down_proj.copy_(down[cut:].view(len(assignment.experts), -1, spec.hidden).transpose(1, 2))
+        ffn.router.weight.zero_()
+    if ffn.bias is not None and weights.down_bias is not None:
+        ffn.bias.copy_(weights.down_bias)
+    return ffn
+
+
+def _bias(weights: FFNWeights, gate: bool = False) -> Tensor | None:
+    """The bias of the up (or gate) projection; zeros where only the other one has a bias."""
+    own, other = (weights.gate_bias, weights.up_bias) if gate else (weights.up_bias, weights.gate_bias)
+    if gate and weights.gate is None:
+        return None
+    return own if own is not None else None if other is None else torch.zeros_like(other)
+
+
+def _stacked(up: Tensor | None, gate: Tensor | None) -> tuple[Tensor, ...] | None:
+    if up is None:
+        return None
+    return (up,) if gate is None else (gate, up)
+
+
+def _rows(parts: tuple[Tensor, ...] | None, neurons: Tensor) -> Tensor:
+    """The neurons' rows of gate then up, (W or 2W, ...)."""
+    assert parts is not None
+    return torch.cat([part[neurons] for part in parts])

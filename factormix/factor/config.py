@@ -1,0 +1,103 @@
+"""FactorConfig: every choice of a factorisation, the same in Python, in a YAML recipe and as flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from factormix.factor.partition import PARTITIONS
+from factormix.nn import Layout
+from factormix.run.config import Config, option
+from factormix.run.errors import FactorMixError, choose
+
+
+@dataclass(frozen=True)
+class HealConfig(Config):
+    """Healing: end-to-end distillation of the sparse model from the dense one.
+
+    loss = kl * KL(dense || sparse logits) + ce * CE + pa * PA + balance * load balance
+    """
+
+    tokens: int = option(0, help="training tokens; 0 leaves the model unhealed", minimum=0)
+    kl: float = option(1.0, help="weight of the logits' KL from the dense teacher", minimum=0)
+    ce: float = option(0.0, help="weight of the next-token cross-entropy", minimum=0)
+    pa: float = option(0.0, help="weight of the PA loss on the routers (needs the dense FFN at every site)", minimum=0)
+    balance: float = option(0.0, help="weight of the load balance across tokens", minimum=0)
+    lr: float = option(2e-4, help="peak learning rate of experts and shared neurons", minimum=0)
+    router_lr: float = option(1e-3, help="peak learning rate of routers", minimum=0)
+    batch_tokens: int = option(2048, help="tokens of one optimiser step, accumulated over windows", minimum=1)
+    warmup: float = option(0.1, help="fraction of the steps in which the learning rate rises", minimum=0, maximum=1)
+    clip: float = option(1.0, help="gradient norm above which gradients are scaled down, after backward", minimum=0)
+    weight_decay: float = option(0.0, help="AdamW's weight decay", minimum=0)
+    save_steps: int = option(10, help="steps between checkpoints a killed run resumes from", minimum=1)
+
+
+@dataclass(frozen=True)
+class FactorConfig(Config):
+    """How dense FFNs become sparse ones. `FactorConfig.parse("S4A4E16")` takes the measured defaults."""
+
+    layout: str = option("S4A4E16", help="S4A4E16: 4 of 16 slices shared, 4 more chosen; or the paper's 1R4E2K")
+    partition: str = option("coactivation", help="how neurons are grouped", choices=tuple(PARTITIONS))
+    label: str = option(
+        "joint",
+        help="what a router should have chosen: the best subset, the largest contributions, or FactorLLM's own",
+        choices=("joint", "contribution", "paper"),
+    )
+    router_loss: str = option(
+        "bce",
+        help="how the router is trained towards the label: per expert, PA over K-hot/K, PA over soft gains, FactorLLM's",
+        choices=("bce", "pa", "pa-soft", "paper"),
+    )
+    gate: str = option("hard", help="chosen outputs times 1, E/K, or the score's sigmoid", choices=("hard", "paper", "soft"))
+    layer_fit: bool = option(True, help="fit each sparse FFN to its dense output, layer by layer")
+    ridge: float = option(0.1, help="layer fit: pull of the down projection towards its old values", minimum=0)
+    fit_steps: int = option(0, help="layer fit: gradient steps on all weights of the FFN before the closed form", minimum=0)
+    fit_lr: float = option(1e-3, help="layer fit: peak learning rate of those steps", minimum=0)
+    router_steps: int = option(150, help="steps of 2,048 tokens to fit each router", minimum=1)
+    router_lr: float = option(1e-2, help="peak learning rate of the router's fit", minimum=0)
+    layers: list[int] | None = option(None, help="factor only these layers; all by default")
+    tokens: int = option(16_384, help="calibration tokens", minimum=1)
+    window: int = option(512, help="tokens of a calibration window", minimum=8)
+    seed: int = option(0, help="of partitions, sampling and training order")
+    heal: HealConfig = option(HealConfig, help="end-to-end healing")
+
+    def validate(self) -> None:
+        """Ranges, choices, and settings that contradict each other."""
+        super().validate()
+        layout = Layout.parse(self.layout)
+        if self.gate == "paper" and layout.shared:
+            raise FactorMixError(
+                f"gate 'paper' multiplies every output by E/K and knows no shared neurons; layout {layout} shares "
+                f"{layout.shared}. Use S0A{layout.active}E{layout.slices}, or gate 'hard'."
+            )
+
+    @classmethod
+    def parse(cls, layout: str, **options: Any) -> FactorConfig:
+        """A layout in either notation with the measured defaults, e.g. ``parse("S4A4E16", seed=1)``."""
+        return cls(layout=str(Layout.parse(layout)), **options)
+
+    @classmethod
+    def preset(cls, name: str, layout: str | None = None, **options: Any) -> FactorConfig:
+        """`default`: chosen by measurement. `paper`: FactorLLM as released, its released defects aside.
+
+        `paper` keeps the active fraction of `layout` without shared neurons: S4A4E16 becomes S0A8E16.
+        """
+        choose("preset", name, ("default", "paper"))
+        cut = Layout.parse(layout or "S4A4E16")
+        if name == "default":
+            return cls.parse(str(cut), **options)
+        released = {
+            "layout": str(Layout(0, cut.shared + cut.active, cut.slices)),
+            "partition": "contiguous",
+            "label": "paper",
+            "router_loss": "paper",
+            "gate": "paper",
+            "layer_fit": False,
+        }
+        heal = HealConfig(kl=0.0, ce=1.0, pa=0.05, balance=0.01, lr=4e-5, router_lr=4e-5, weight_decay=1e-5)
+        return cls.from_dict({"heal": heal, **released, **options})
+
+    @property
+    def cut(self) -> Layout:
+        """The layout, parsed."""
+        return Layout.parse(self.layout)

@@ -1,0 +1,198 @@
+"""FactorLLM, top to bottom: a dense transformer and some text in, a sparse transformer out.
+
+    text -> windows -> (site by site, at the student's own states:)
+        inputs and dense outputs -> statistics -> assignment -> sparse FFN -> router and layer fit
+    -> healing, where asked for -> a transformers model
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from factormix.data.packing import Packed, pack
+from factormix.data.text import read_documents
+from factormix.factor.activations import ActivationStats
+from factormix.factor.assemble import assemble, sparse_spec
+from factormix.factor.config import FactorConfig
+from factormix.factor.fit import SiteReport, fit_site
+from factormix.factor.heal import heal
+from factormix.factor.lockstep import Lockstep, batches_of
+from factormix.factor.partition import PARTITIONS
+from factormix.ffn import FFNSite, find_sites, weights
+from factormix.nn import FactorMixMixin, SparseFFN, adopt
+from factormix.run.errors import FactorMixError
+from factormix.run.progress import progress
+from factormix.run.workdir import WorkDirectory
+
+BATCH_WINDOWS = 4  # windows of one halted forward
+
+
+def factorize(
+    dense: PreTrainedModel,
+    config: FactorConfig,
+    calibration: Packed | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    healing: Packed | Sequence[str] | None = None,
+    keep_dense: bool = True,
+    work: WorkDirectory | None = None,
+    quiet: bool = False,
+) -> PreTrainedModel:
+    """Make a model's FFNs sparse.
+
+    Args:
+        dense: any model of a known family, with any head. It stays usable; the result shares its embeddings,
+            attention and norms, so both together cost one FFN more than either.
+        config: the recipe.
+        calibration: packed windows; or documents or paths of text files, which are packed here.
+        tokenizer: needed for documents; by default the one `dense` was loaded with.
+        healing: text for healing; by default the calibration text, all of it.
+        keep_dense: False frees each dense FFN as soon as its site is done, and leaves `dense` unusable.
+        work: sites that are done are kept there, and a killed run goes on from them.
+        quiet: no progress on stderr.
+
+    Returns:
+        A transformers model in eval mode: generate, Trainer and save_pretrained work. How each site was fitted is in
+        ``config.factormix["made_by"]["sites"]``.
+
+    Raises:
+        FactorMixError: a family that is not known, a layout that does not divide, too little text, NaN.
+    """
+    if isinstance(dense, FactorMixMixin):
+        raise FactorMixError(f"{type(dense).__name__} is sparse already; factorize the dense model it was made from.")
+    sites = find_sites(dense, config.layers)
+    specs = {site: sparse_spec(site, config.cut, config.gate) for site in sites}  # refuses before any compute
+    packed = _packed(calibration, dense, tokenizer, config.window, config.tokens, config.seed)
+    started = time.perf_counter()
+    was_training = dense.training
+    student = _shallow_copy(dense).eval()
+    reports = []
+    batches = batches_of(student, packed.input_ids, BATCH_WINDOWS)
+    done = _load_done(student, sites, specs, work)
+    with Lockstep(student, sites, batches, done) as steps:
+        for site in progress(sites, "factoring FFNs", quiet=quiet):
+            if site.index in done:
+                reports.append(SiteReport(**work.load(_stage(site))[1]))  # type: ignore[union-attr]
+                continue
+            ffn, report = _factor_site(steps, site, config)
+            reports.append(report)
+            if work is not None:
+                work.save(_stage(site), dict(ffn.state_dict()), asdict(report))
+            if not keep_dense:
+                _release(steps.dense(site))
+    made_by: dict[str, Any] = {
+        "config": config.to_dict(),
+        "calibration": {"tokens": packed.tokens, "sha256": packed.sha256},
+        "seconds": time.perf_counter() - started,
+        "sites": [asdict(report) for report in reports],
+    }
+    adopt(student, specs, made_by)
+    dense.train(was_training)
+    if config.heal.tokens:
+        if not keep_dense:
+            raise FactorMixError("healing needs the dense model as teacher: keep_dense=False goes with heal.tokens 0.")
+        text = _packed(healing if healing is not None else calibration, dense, tokenizer, config.window, config.heal.tokens, config.seed + 1)  # fmt: skip
+        made_by["healing"] = heal(student, dense, text, config.heal, seed=config.seed, work=work, quiet=quiet)
+    return student.eval()
+
+
+def _factor_site(steps: Lockstep, site: FFNSite, config: FactorConfig) -> tuple[SparseFFN, SiteReport]:
+    """One site: gather its inputs, cut it, fit it, and let the forwards run on with it."""
+    old = steps.dense(site)
+    inputs = steps.inputs(site)  # (B, L, H) a batch
+    with torch.no_grad():
+        outputs = [old(x) for x in inputs]
+    # Every position counts, BOS too: its huge output is what later layers attend to when nothing else matters.
+    x, target = _rows(inputs), _rows(outputs)  # (T, H)
+    dense_weights = steps.weights(site)
+    stats = ActivationStats(dense_weights, site.act(), seed=config.seed + site.index)
+    for rows in x.split(4096):
+        stats.update(rows)
+    generator = torch.Generator().manual_seed(config.seed + site.index)
+    assignment = PARTITIONS[config.partition](stats, config.cut, generator)
+    ffn = assemble(sparse_spec(site, config.cut, config.gate), dense_weights, assignment).eval()
+    report = SiteReport(site=site.index, layer=site.layers[0])
+    fit_site(ffn, x, target, config, report)
+    steps.replace(site, ffn)
+    return ffn, report
+
+
+def _rows(states: list[Tensor]) -> Tensor:
+    """All rows of all batches, (T, H)."""
+    return torch.cat([s.reshape(-1, s.shape[-1]) for s in states])
+
+
+def _shallow_copy(dense: PreTrainedModel) -> PreTrainedModel:
+    """The same modules anew around the same tensors: swapping an FFN of the copy leaves the original as it is."""
+    shared = {id(t): t for t in [*dense.parameters(), *dense.buffers()]}
+    return copy.deepcopy(dense, shared)  # type: ignore[arg-type]
+
+
+def _release(module: nn.Module) -> None:
+    """Free the tensors of a dense FFN, wherever else they are still referred to."""
+    for parameter in module.parameters():
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+
+def _packed(
+    text: Packed | Sequence[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    window: int,
+    tokens: int,
+    seed: int,
+) -> Packed:
+    if isinstance(text, Packed):
+        return text
+    if tokenizer is None:
+        tokenizer = _tokenizer_of(model)
+    documents = read_documents(text)
+    bos = None if tokenizer.bos_token_id is None else True
+    limit = getattr(model.config, "max_position_embeddings", None) or window
+    return pack(documents.texts, tokenizer, window=min(window, limit), tokens=tokens, seed=seed, bos=bos)
+
+
+def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.name_or_path)
+    except (OSError, ValueError) as error:
+        raise FactorMixError(
+            f"no tokenizer beside {model.name_or_path!r}; pass tokenizer=, or calibration as packed windows."
+        ) from error
+
+
+def _stage(site: FFNSite) -> str:
+    return f"site-{site.index:03d}"
+
+
+def _load_done(
+    student: PreTrainedModel, sites: list[FFNSite], specs: dict[FFNSite, Any], work: WorkDirectory | None
+) -> dict[int, SparseFFN]:
+    """Sparse FFNs of a killed run, front to back without a gap."""
+    done: dict[int, SparseFFN] = {}
+    for site in sites:
+        if work is None or not work.done(_stage(site)):
+            break
+        tensors, _ = work.load(_stage(site))
+        with torch.device("meta"):
+            ffn = SparseFFN(specs[site])
+        like = weights(student, site).up
+        ffn.load_state_dict({k: v.to(like.device) for k, v in tensors.items()}, strict=True, assign=True)
+        done[site.index] = ffn.eval()
+    return done
+
+
+def work_directory(out: str | Path, config: FactorConfig, data: dict[str, str], overwrite: bool = False) -> WorkDirectory:
+    """The resumable scratch folder of a run that will write `out`: same recipe and data go on, others are refused."""
+    return WorkDirectory(Path(f"{out}.work"), {"config": config.to_dict(), "data": data}, overwrite)

@@ -1,0 +1,231 @@
+"""Fit one site: its router to the labels, then its weights to the dense FFN's output, at the student's own states.
+
+No gradient crosses the site, so the model stays "unhealed". Three parts, each reported:
+
+    router   steps on the router loss
+    steps    (optional) a few gradient steps on all weights of the sparse FFN, the router by the straight-through gate
+    ridge    closed form: with up projections and routing fixed, the output is linear in the down projection D, so
+             D = argmin sum_t |F(x_t) - D z_t|^2 + lambda * sum_j G_jj |d_j - d_j0|^2,   G = sum_t z_t z_t^T
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from factormix.factor.config import FactorConfig
+from factormix.factor.labels import Labels, label, top_k_hot
+from factormix.factor.losses import router_loss
+from factormix.nn import SparseFFN
+from factormix.run.errors import FactorMixError
+
+CHUNK = 2048  # tokens whose activations are held at once
+BATCH = 2048  # tokens of a step
+HELD_OUT = 16  # every 16th token judges the fit and is not fitted
+
+
+@dataclass
+class SiteReport:
+    """How well one site was fitted, on tokens that no fit saw.
+
+    Attributes:
+        recall: share of the label's experts that the router chose.
+        captured: share of the squared norm of the experts' outputs that the chosen experts hold.
+        error_before, error_after: |F - y|^2 / |F|^2 with the router fitted, before and after the layer fit.
+        load: (R,) share of tokens that chose each expert; K / R each when even.
+    """
+
+    site: int
+    layer: int
+    recall: float = 1.0
+    captured: float = 1.0
+    error_before: float = 0.0
+    error_after: float = 0.0
+    load: list[float] = field(default_factory=list)
+
+
+def fit_site(ffn: SparseFFN, x: Tensor, target: Tensor, config: FactorConfig, report: SiteReport) -> None:
+    """Fit a freshly assembled SparseFFN in place.
+
+    Args:
+        ffn: with the dense weights; left in eval mode.
+        x: (T, H) its inputs.
+        target: (T, H) the dense FFN's outputs.
+        config: the recipe.
+        report: filled in.
+
+    Raises:
+        FactorMixError: NaN in inputs, outputs or losses.
+    """
+    if not bool(torch.isfinite(target).all()):
+        raise FactorMixError(f"NaN or infinity in the dense output of site {report.site} on the calibration text.")
+    judged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    judged[::HELD_OUT] = True
+    generator = torch.Generator().manual_seed(config.seed + report.site)
+    if ffn.router is not None:
+        labels = label_tokens(ffn, x, target, config.label)
+        fit_router(ffn, x[~judged], _rows(labels, ~judged), config, generator)
+        _report_routing(ffn, x[judged], _rows(labels, judged), report)
+    report.error_before = relative_error(ffn, x[judged], target[judged])
+    if config.layer_fit:
+        if config.fit_steps:
+            fit_steps(ffn, x[~judged], target[~judged], config, generator)
+        fit_down(ffn, x[~judged], target[~judged], config.ridge)
+    report.error_after = relative_error(ffn, x[judged], target[judged])
+    if ffn.router is not None:
+        _report_load(ffn, x, report)
+
+
+@torch.no_grad()
+def label_tokens(ffn: SparseFFN, x: Tensor, target: Tensor, method: str) -> Labels:
+    """Labels of all tokens: x (T, H), dense outputs target (T, H)."""
+    assert ffn.experts is not None
+    packed, active = ffn.experts.packed(), ffn.spec.active
+    chosen, gain = [], []
+    for xs, fs in zip(x.split(CHUNK), target.split(CHUNK), strict=True):
+        rest = fs if ffn.bias is None else fs - ffn.bias
+        rest = rest if ffn.shared is None else rest - ffn.shared(xs)  # (C, H)
+        outputs = torch.stack([packed.run(i, xs) for i in range(len(packed.up))], dim=1)  # (C, R, H)
+        found = label(method, outputs.float(), rest.float(), active)
+        chosen.append(found.chosen)
+        gain.append(found.gain)
+    return Labels(torch.cat(chosen), torch.cat(gain))
+
+
+def fit_router(ffn: SparseFFN, x: Tensor, labels: Labels, config: FactorConfig, generator: torch.Generator) -> None:
+    """Adam on the router loss over x (T, H), from zero, cosine to zero; inputs are scaled to unit spread meanwhile."""
+    assert ffn.router is not None
+    spread = x.float().std(0).clamp_min(1e-6)  # (H,)
+    weight = torch.zeros_like(ffn.router.weight, dtype=torch.float32, requires_grad=True)  # (R, H)
+    optimiser = torch.optim.Adam([weight], lr=config.router_lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.router_steps)
+    for batch in _batches(len(x), config.router_steps, generator, x.device):
+        with torch.enable_grad():
+            scores = (x[batch].float() / spread) @ weight.T  # (B, R)
+            loss = router_loss(config.router_loss, scores, _rows(labels, batch))
+            loss.backward()
+        _refuse_nan(loss, "the router's fit")
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+    with torch.no_grad():
+        ffn.router.weight.copy_(weight / spread)
+
+
+def fit_steps(ffn: SparseFFN, x: Tensor, target: Tensor, config: FactorConfig, generator: torch.Generator) -> None:
+    """Adam on |F - y|^2 over all weights of the FFN, bfloat16 products where the device has them."""
+    scale = target.float().square().mean().clamp_min(1e-30)
+    router = [] if ffn.router is None else [ffn.router.weight]
+    others = [p for p in ffn.parameters() if all(p is not r for r in router)]
+    groups = [{"params": others, "lr": config.fit_lr}, {"params": router, "lr": 3 * config.fit_lr}]
+    optimiser = torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.fit_steps)
+    ffn.train()
+    for batch in _batches(len(x), config.fit_steps, generator, x.device):
+        with torch.enable_grad(), torch.autocast(x.device.type, dtype=torch.bfloat16):
+            loss = (ffn(x[batch]).float() - target[batch].float()).square().mean() / scale
+            loss.backward()
+        _refuse_nan(loss, "the layer fit")
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad(set_to_none=True)
+    ffn.eval()
+
+
+@torch.no_grad()
+def fit_down(ffn: SparseFFN, x: Tensor, target: Tensor, ridge: float) -> None:
+    """The closed form of the module's text, over x (T, H) and target (T, H); memory I^2, whatever T."""
+    old = _down(ffn)  # (I, H)
+    gram = torch.zeros(len(old), len(old), device=x.device)  # (I, I)
+    moment = torch.zeros_like(old)  # (I, H)
+    for xs, fs in zip(x.split(CHUNK), target.split(CHUNK), strict=True):
+        z = active_neurons(ffn, xs)  # (C, I)
+        left = fs.float() if ffn.bias is None else fs.float() - ffn.bias.float()
+        gram += z.T @ z
+        moment += z.T @ (left - z @ old)  # what the old projection leaves
+    diagonal = gram.diagonal().clamp_min(1e-6 * gram.diagonal().mean())
+    gram.diagonal().copy_(diagonal * (1 + ridge))
+    scale = diagonal.rsqrt()  # unit diagonal: a well-conditioned system for the Cholesky factor
+    factor = torch.linalg.cholesky((gram * scale[:, None] * scale).double())
+    change = torch.cholesky_solve((moment * scale[:, None]).double(), factor).float() * scale[:, None]
+    _set_down(ffn, old + change)
+
+
+@torch.no_grad()
+def active_neurons(ffn: SparseFFN, x: Tensor) -> Tensor:
+    """Neurons in packed order, those of experts not chosen zeroed: x (T, H) -> (T, I) float32."""
+    parts = []
+    if ffn.shared is not None:
+        shared = ffn.shared
+        parts.append(shared.neurons(x))  # (T, SW)
+    if ffn.experts is not None and ffn.router is not None:
+        scores, chosen = ffn.router(x)
+        scale = ffn.scale(scores, chosen)
+        weight = torch.zeros_like(scores).scatter_(1, chosen, 1.0 if scale is None else scale)  # (T, R)
+        packed = ffn.experts.packed()
+        for i in range(len(packed.up)):
+            parts.append(packed.expert_neurons(i, x) * weight[:, i : i + 1].to(x.dtype))  # (T, W)
+    return torch.cat(parts, dim=1).float()
+
+
+@torch.no_grad()
+def relative_error(ffn: SparseFFN, x: Tensor, target: Tensor) -> float:
+    """|F - y|^2 / |F|^2 over x (T, H) and F = target (T, H)."""
+    missed = sum(
+        float((fs.float() - ffn(xs).float()).square().sum())
+        for xs, fs in zip(x.split(CHUNK), target.split(CHUNK), strict=True)
+    )
+    return missed / max(float(target.float().square().sum()), 1e-30)
+
+
+def _down(ffn: SparseFFN) -> Tensor:
+    """Down projection with neurons as rows in packed order, (I, H) float32."""
+    parts = [] if ffn.shared is None else [ffn.shared.down_proj.weight.T]
+    if ffn.experts is not None:
+        parts.append(ffn.experts.down_proj.transpose(1, 2).reshape(-1, ffn.spec.hidden))  # (RW, H)
+    return torch.cat(parts).float()
+
+
+def _set_down(ffn: SparseFFN, down: Tensor) -> None:
+    cut = ffn.spec.shared * ffn.spec.width
+    if ffn.shared is not None:
+        ffn.shared.down_proj.weight.copy_(down[:cut].T)
+    if ffn.experts is not None:
+        ffn.experts.down_proj.copy_(down[cut:].view(-1, ffn.spec.width, ffn.spec.hidden).transpose(1, 2))
+
+
+def _batches(tokens: int, steps: int, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
+    """Random rows, BATCH a step."""
+    for _ in range(steps):
+        yield torch.randint(tokens, (min(BATCH, tokens),), generator=generator).to(device)
+
+
+def _rows(labels: Labels, rows: Tensor) -> Labels:
+    return Labels(labels.chosen[rows], labels.gain[rows])
+
+
+def _refuse_nan(loss: Tensor, where: str) -> None:
+    if not bool(torch.isfinite(loss)):
+        raise FactorMixError(f"the loss of {where} became {float(loss)}; lower its learning rate.")
+
+
+@torch.no_grad()
+def _report_routing(ffn: SparseFFN, x: Tensor, labels: Labels, report: SiteReport) -> None:
+    assert ffn.router is not None and ffn.experts is not None
+    scores, _ = ffn.router(x)
+    picked = top_k_hot(scores, ffn.spec.active)  # (T, R)
+    report.recall = float((picked * labels.chosen).sum() / labels.chosen.sum())
+    packed = ffn.experts.packed()
+    norms = torch.stack([packed.run(i, x).float().square().sum(-1) for i in range(len(packed.up))], 1)  # (T, R)
+    report.captured = float((picked * norms).sum() / norms.sum().clamp_min(1e-30))
+
+
+@torch.no_grad()
+def _report_load(ffn: SparseFFN, x: Tensor, report: SiteReport) -> None:
+    assert ffn.router is not None
+    _, chosen = ffn.router(x)
+    counts = torch.bincount(chosen.flatten(), minlength=ffn.spec.layout.routed)
+    report.load = (counts / len(x)).tolist()

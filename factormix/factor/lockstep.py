@@ -1,0 +1,181 @@
+"""Lockstep: the model's own forward over every calibration batch, all of them halted at the same FFN.
+
+Layer-wise fitting needs the inputs of FFN i at the student's own states, that is after FFNs 0..i-1 were replaced. So
+each batch's forward runs in a thread of its own; at a site it deposits the FFN's input and waits. When all wait, the
+caller fits and replaces that FFN, and lets them run on with the new one to the next site. Any architecture works,
+encoder-decoders too, and the whole calibration costs one forward. One thread runs at a time.
+
+Memory: the live states of every batch, about 12 H bytes a token in float32.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from factormix.ffn import FFNSite, FFNWeights, swap, weights
+
+Batch = Mapping[str, Tensor]
+
+
+class _Abandoned(BaseException):
+    """Raised inside a halted forward that nobody needs any more."""
+
+
+class _Runner:
+    """One batch's forward in a thread; the baton (two semaphores) says whether it or the caller runs."""
+
+    def __init__(self, forward: Callable[[], object]) -> None:
+        self.input: Tensor | None = None
+        self.output: Tensor | None = None
+        self.error: BaseException | None = None
+        self.abandoned = False
+        self._mine, self._callers = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, args=(forward, torch.get_num_threads()), daemon=True)
+        self._thread.start()
+
+    def _run(self, forward: Callable[[], object], threads: int) -> None:
+        self._mine.acquire()
+        try:
+            if not self.abandoned:
+                torch.set_num_threads(threads)  # a new thread starts with the default, not with the caller's setting
+                with torch.no_grad():
+                    forward()
+        except _Abandoned:
+            pass
+        except BaseException as error:  # handed to the caller, who raises it
+            self.error = error
+        self._callers.release()
+
+    def resume(self) -> None:
+        """Let it run to its next halt, or to its end."""
+        self._mine.release()
+        self._callers.acquire()
+        if self.error is not None:
+            raise self.error
+
+    def halt(self, x: Tensor) -> Tensor:
+        """Called by its own thread at a site: hand over x, wait, and return what the caller left as output."""
+        self.input = x
+        self._callers.release()
+        self._mine.acquire()
+        if self.abandoned:
+            raise _Abandoned
+        output, self.output = self.output, None
+        assert output is not None
+        return output
+
+    def abandon(self) -> None:
+        self.abandoned = True
+        self._mine.release()
+        self._thread.join()
+
+
+class _Halt(nn.Module):
+    """Stands at a site: stops a runner at the first call, later calls (a shared FFN) pass through to the new FFN."""
+
+    def __init__(self, current: Callable[[], _Runner]) -> None:
+        super().__init__()
+        self._current = current
+        self.new: nn.Module | None = None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.new is not None:
+            return cast(Tensor, self.new(hidden_states))
+        return self._current().halt(hidden_states)
+
+
+class Lockstep:
+    """Run `model` over `batches`, halting at each of `sites` in turn.
+
+    with Lockstep(model, sites, batches) as steps:
+        for site in sites:
+            inputs = steps.inputs(site)      # one tensor (..., H) a batch
+            steps.replace(site, new_ffn, outputs)
+
+    On exit, replaced sites hold their new FFN and the others their old one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[FFNSite],
+        batches: Sequence[Batch],
+        done: Mapping[int, nn.Module] | None = None,
+    ) -> None:
+        """`done` holds new FFNs by site index for sites that need no halt: a resumed run."""
+        self.model, self.sites, self.batches = model, list(sites), list(batches)
+        self._done = dict(done or {})
+        self._old: dict[int, nn.Module] = {}
+        self._weights: dict[int, FFNWeights] = {}
+        self._halts: dict[int, _Halt] = {}
+        self._runners: list[_Runner] = []
+        self._running: _Runner | None = None
+
+    def __enter__(self) -> Lockstep:
+        for site in self.sites:
+            halt = _Halt(lambda: cast(_Runner, self._running))
+            halt.new = self._done.get(site.index)
+            self._weights[site.index] = weights(self.model, site)
+            self._old[site.index], self._halts[site.index] = swap(self.model, site, halt), halt
+        self._runners = [_Runner(lambda b=b: self.model(**b)) for b in self.batches]  # type: ignore[misc]
+        return self
+
+    def inputs(self, site: FFNSite) -> list[Tensor]:
+        """The inputs (..., H) of this FFN, one a batch. Sites must be asked for in their order."""
+        for runner in self._runners:
+            runner.input = None
+            self._running = runner
+            runner.resume()
+        found = [runner.input for runner in self._runners]
+        assert all(x is not None for x in found), f"a forward ended before {site.name}"
+        return cast(list[Tensor], found)
+
+    def replace(self, site: FFNSite, new: nn.Module, run: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Put `new` at the site; every halted forward gets ``run(x)`` (by default ``new(x)``) and may go on."""
+        self._halts[site.index].new = new
+        for runner in self._runners:
+            assert runner.input is not None
+            with torch.no_grad():
+                runner.output = (run or new)(runner.input)
+            runner.input = None
+
+    def weights(self, site: FFNSite) -> FFNWeights:
+        """The weights of that dense FFN."""
+        return self._weights[site.index]
+
+    def dense(self, site: FFNSite) -> nn.Module:
+        """The dense FFN that stood at the site."""
+        return self._old[site.index]
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for runner in self._runners:
+            runner.abandon()
+        for site in self.sites:
+            new = self._halts[site.index].new
+            swap(self.model, site, self._old[site.index] if new is None else new)
+        self._weights.clear()
+
+
+def batches_of(model: Any, input_ids: Tensor, size: int) -> list[dict[str, Tensor]]:
+    """Forward arguments for windows (N, L), `size` windows a batch, cache off.
+
+    An encoder-decoder reads the first half of each window and decodes the second.
+    """
+    found: list[dict[str, Any]] = []
+    for ids in input_ids.to(model.device).split(size):
+        if model.config.is_encoder_decoder:
+            half = ids.shape[1] // 2
+            found.append({"input_ids": ids[:, :half], "decoder_input_ids": ids[:, half:], "use_cache": False})
+        elif getattr(model.config, "is_decoder", False) or hasattr(model.config, "use_cache"):
+            found.append({"input_ids": ids, "use_cache": False})
+        else:
+            found.append({"input_ids": ids})
+    return found

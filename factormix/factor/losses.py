@@ -1,0 +1,62 @@
+"""Losses of the router and of healing.
+
+PA is FactorLLM's prior-approximate router loss (section 3.3): the router is pulled towards a label that the frozen dense FFN
+gave, without any task label.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from factormix.factor.labels import Labels
+
+SOFT_TEMPERATURE = 1.0  # of pa-soft, in units of the gains' standard deviation
+
+
+def router_loss(method: str, scores: Tensor, labels: Labels) -> Tensor:
+    """Mean over tokens of the loss of router scores z (T, R) against labels.
+
+    - ``bce``: each expert by itself, sigmoid(z_i) against 1 if it is in the label.
+    - ``pa``: KL(y || softmax(z)), y = label / K.
+    - ``pa-soft``: the same with y = softmax(gain / tau).
+    - ``paper``: as released, y = softmax(label), which is nearly uniform (.37 against .13 for 2 of 4).
+
+    Callers leave padding out of the rows.
+    """
+    if method == "bce":
+        return F.binary_cross_entropy_with_logits(scores, labels.chosen)
+    if method == "pa":
+        target = labels.chosen / labels.chosen.sum(1, keepdim=True)  # (T, R)
+    elif method == "pa-soft":
+        tau = SOFT_TEMPERATURE * labels.gain.std().clamp_min(1e-12)
+        target = (labels.gain / tau).softmax(1)  # (T, R)
+    else:
+        target = labels.chosen.softmax(1)  # (T, R)
+    return F.kl_div(scores.log_softmax(1), target, reduction="batchmean")
+
+
+def load_balance(scores: Tensor, chosen: Tensor) -> Tensor:
+    """R * sum_i f_i p_i over a batch of tokens: 1 when both are even (Switch Transformer, equation 4).
+
+    Args:
+        scores: (T, R) router scores.
+        chosen: (T, K) chosen experts. f_i is the share of choices that fall on i across the tokens, p_i the mean
+            probability of i across them: balance is asked of the batch, never of a single token.
+    """
+    routed = scores.shape[1]
+    share = torch.bincount(chosen.flatten(), minlength=routed).to(scores.dtype) / chosen.numel()  # (R,)
+    return routed * (share * scores.softmax(1).mean(0)).sum()
+
+
+def distillation(student: Tensor, teacher: Tensor, scored: Tensor) -> Tensor:
+    """Mean over scored tokens of KL(teacher || student) of next-token distributions.
+
+    Args:
+        student, teacher: logits (B, L, V).
+        scored: (B, L) bool, the positions that count.
+    """
+    log_q = student[scored].float().log_softmax(-1)  # (T, V)
+    log_p = teacher[scored].float().log_softmax(-1)  # (T, V)
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()

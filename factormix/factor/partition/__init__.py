@@ -1,0 +1,26 @@
+"""Partition methods: statistics of one FFN -> which neurons are shared and which expert each other one joins.
+
+A method is a function ``(ActivationStats, Layout, torch.Generator) -> Assignment`` and a line of this table.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from factormix.factor.activations import ActivationStats
+from factormix.factor.partition.assignment import Assignment
+from factormix.factor.partition.coactivation import coactivation
+from factormix.factor.partition.kmeans import kmeans
+from factormix.factor.partition.simple import contiguous, random_split
+from factormix.nn import Layout
+
+Partition = Callable[[ActivationStats, Layout, torch.Generator], Assignment]
+
+PARTITIONS: dict[str, Partition] = {
+    "coactivation": coactivation,
+    "kmeans": kmeans,
+    "random": random_split,
+    "contiguous": contiguous,
+}
+
+__all__ = ["PARTITIONS", "Assignment", "Partition"]
