@@ -75,7 +75,9 @@ def save(
         raise FactorMixError(
             f"{type(model).__name__} has no sparse FFN; factorize it first, or use its own save_pretrained."
         )
-    passed_on = {k: kwargs.pop(k) for k in ("state_dict", "max_shard_size") if kwargs.get(k) is not None}
+    passed_on = {
+        k: value for k in ("state_dict", "max_shard_size") if (value := kwargs.pop(k, None)) is not None
+    }
     kwargs.pop("is_main_process", None)
     kwargs.pop("save_peft_format", None)
     if kwargs.pop("safe_serialization", True) is False or kwargs.pop("push_to_hub", False) or kwargs:

@@ -29,6 +29,7 @@ class HealConfig(Config):
     warmup: float = option(0.1, help="fraction of the steps in which the learning rate rises", minimum=0, maximum=1)
     clip: float = option(1.0, help="gradient norm above which gradients are scaled down, after backward", minimum=0)
     weight_decay: float = option(0.0, help="AdamW's weight decay", minimum=0)
+    max_minutes: float = option(0.0, help="stop in good order after this long; 0 for never", minimum=0)
     save_steps: int = option(10, help="steps between checkpoints a killed run resumes from", minimum=1)
 
 

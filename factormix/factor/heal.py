@@ -1,18 +1,148 @@
-"""Healing: end-to-end distillation of a sparse model from its dense teacher (FactorLLM, step two)."""
+"""Healing: end-to-end distillation of a sparse model from its dense teacher (FactorLLM, second step).
+
+    L = kl * KL(dense || sparse) + ce * CE + pa * PA + balance * load balance
+
+Experts, shared neurons and routers train; embeddings, attention, norms and heads are frozen (and, when the student came
+from `factorize`, are the teacher's own tensors: the teacher costs its FFNs only).
+"""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from factormix.data.packing import Packed
 from factormix.factor.config import HealConfig
+from factormix.factor.fit import label_tokens
+from factormix.factor.losses import distillation, load_balance, router_loss
+from factormix.ffn import FFNSite, find_sites, isolate
+from factormix.nn import FactorMixMixin, SparseFFN
+from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
+from factormix.train import LoopConfig, bf16_pays, train
 
 
 def heal(
-    student: PreTrainedModel, teacher: PreTrainedModel, text: Packed, config: HealConfig,
-    *, seed: int = 0, work: WorkDirectory | None = None, quiet: bool = False,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    text: Packed,
+    config: HealConfig,
+    *,
+    label: str = "joint",
+    pa_form: str = "pa",
+    seed: int = 0,
+    work: WorkDirectory | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
-    raise NotImplementedError
+    """Distil in place; see the module's loss.
+
+    Args:
+        student: a FactorMix model.
+        teacher: the dense model.
+        text: windows to train on.
+        config: weights and rates.
+        label, pa_form: of the PA part, as in FactorConfig.label and router_loss.
+        seed: of the order of windows.
+        work: checkpoints go there, and a killed run goes on from the last one.
+        quiet: no progress bar.
+
+    Returns:
+        seconds, tokens, peak_bytes, params_trained, metrics (loss parts by step).
+
+    Raises:
+        FactorMixError: no loss weight above 0, a student that is not sparse, NaN in the loss.
+    """
+    if not isinstance(student, FactorMixMixin):
+        raise FactorMixError(f"healing needs a FactorMix model; {type(student).__name__} has no sparse FFN.")
+    if not (config.kl or config.ce or config.pa or config.balance):
+        raise FactorMixError("healing with kl, ce, pa and balance all 0 trains nothing; give one a weight.")
+    rates = {}
+    for name, module in student.named_modules():
+        if isinstance(module, SparseFFN):
+            for inner, _ in module.named_parameters():
+                rates[f"{name}.{inner}"] = config.router_lr if inner.startswith("router.") else config.lr
+    loop = LoopConfig(
+        tokens=config.tokens, batch_tokens=config.batch_tokens, warmup=config.warmup, clip=config.clip,
+        weight_decay=config.weight_decay, save_steps=config.save_steps, seed=seed, max_minutes=config.max_minutes,
+    )  # fmt: skip
+    loss = HealingLoss(student, teacher.eval(), config, label, pa_form)
+    with tempfile.TemporaryDirectory() as scratch, loss.watching():
+        folder = scratch if work is None else work.path / "healing"
+        result = train(student, text, loss, rates, loop, folder, label="healing", quiet=quiet)
+    return asdict(result)
+
+
+class HealingLoss:
+    """The weighted parts of the module's loss for a batch of windows."""
+
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel, config: HealConfig, label: str, pa_form: str
+    ) -> None:
+        self.student, self.teacher, self.config = student, teacher, config
+        self.label, self.pa_form = label, pa_form
+        self.bf16 = bf16_pays(teacher.device)
+        self._seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by site: x (T, H), scores (T, R), chosen (T, K)
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """input_ids (B, L), scored (B, L) -> scalars "kl", "ce", "pa", "balance", those that have a weight."""
+        ids, scored, config = batch["input_ids"], batch["scored"], self.config
+        logits = model(input_ids=ids, use_cache=False).logits  # (B, L, V)
+        counted = scored[:, 1:]  # (B, L-1), position l predicts token l + 1
+        parts: dict[str, Tensor] = {}
+        if config.kl:
+            with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+                dense = self.teacher(input_ids=ids, use_cache=False).logits  # (B, L, V)
+            parts["kl"] = config.kl * distillation(logits[:, :-1], dense[:, :-1], counted)
+        if config.ce:
+            parts["ce"] = config.ce * nn.functional.cross_entropy(logits[:, :-1][counted].float(), ids[:, 1:][counted])
+        text = scored.flatten()  # (T,)
+        if config.pa:
+            parts["pa"] = config.pa * self._mean(lambda site, x, z, chosen: self._pa(site, x[text], z[text]))
+        if config.balance:
+            parts["balance"] = config.balance * self._mean(lambda site, x, z, chosen: load_balance(z[text], chosen[text]))
+        return parts
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note what every router sees and says during forwards, where a loss part needs it."""
+        handles = []
+        if self.config.pa or self.config.balance:
+            for index, ffn in self.student.sparse_ffns().items():  # type: ignore[operator]
+                assert ffn.router is not None
+                handles.append(ffn.router.register_forward_hook(self._note(index)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._seen.clear()
+
+    def _note(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+            self._seen[index] = (inputs[0], *output)
+
+        return hook
+
+    def _mean(self, part: Callable[[int, Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """Mean over sites."""
+        return torch.stack([part(index, *seen) for index, seen in self._seen.items()]).mean()
+
+    def _pa(self, index: int, x: Tensor, scores: Tensor) -> Tensor:
+        """The router loss at one site; labels from the frozen dense FFN at the student's own x (T, H)."""
+        ffn, site = self.student.sparse_ffns()[index], self._sites[index]  # type: ignore[operator]
+        with torch.no_grad():
+            target = isolate(self.teacher, site)(x)  # (T, H)
+            labels = label_tokens(ffn, x, target, self.label)
+        return router_loss(self.pa_form, scores, labels)
+
+    @cached_property
+    def _sites(self) -> dict[int, FFNSite]:
+        return {site.index: site for site in find_sites(self.teacher)}

@@ -1,0 +1,5 @@
+"""The one training loop: transformers' Trainer with a loss that is handed in."""
+
+from factormix.train.loop import LoopConfig, Loss, TrainResult, bf16_pays, train
+
+__all__ = ["LoopConfig", "Loss", "TrainResult", "bf16_pays", "train"]

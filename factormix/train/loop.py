@@ -1,0 +1,232 @@
+"""THE training loop. Healing runs on it, and whatever else trains a model end to end.
+
+transformers' Trainer does the work: accumulation, clipping after backward, warm-up and cosine, mixed precision,
+`accelerate launch` over several processes, checkpoints. What comes from outside is a loss and the set of parameters
+that train; everything else is frozen meanwhile and as it was afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from factormix.data.packing import Packed
+from factormix.run.errors import FactorMixError
+from factormix.run.record import peak_memory_bytes
+
+Loss = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""(model, {"input_ids" (B, L), "scored" (B, L)}) -> named parts, already weighted; their sum is minimised."""
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Numbers of one training run.
+
+    Attributes:
+        tokens: in all, over all processes.
+        batch_tokens: of one optimiser step, over all processes, rounded to whole windows.
+        warmup: fraction of the steps with rising learning rate; a cosine to zero follows.
+        clip: gradient norm above which gradients are scaled down, 0 for never.
+        save_steps: steps between checkpoints.
+        bf16: autocast to bfloat16; None where the device computes it natively.
+        max_minutes: stop in good order after this long; 0 for never.
+    """
+
+    tokens: int
+    batch_tokens: int = 2048
+    warmup: float = 0.1
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    save_steps: int = 10
+    seed: int = 0
+    bf16: bool | None = None
+    max_minutes: float = 0.0
+
+
+@dataclass
+class TrainResult:
+    """What a run did, as the JSON of training commands has it."""
+
+    seconds: float
+    tokens: int
+    peak_bytes: int
+    params_trained: int
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class _Windows(Dataset):  # type: ignore[type-arg]
+    def __init__(self, packed: Packed) -> None:
+        self.packed = packed
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.packed.input_ids[index], "scored": self.packed.scored[index]}
+
+
+class _LossTrainer(Trainer):
+    """Trainer with our loss, and the sums of its parts since the last log."""
+
+    loss_is_scaled_for_ga = False  # ours is a mean over the micro-batch; Trainer divides by the accumulation
+
+    def __init__(self, *args: Any, loss: Loss, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss, self.parts = loss, {}
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        parts = self.loss(model, inputs)
+        total = torch.stack([part.float() for part in parts.values()]).sum()
+        if not bool(torch.isfinite(total)):
+            values = ", ".join(f"{name} {float(part):g}" for name, part in parts.items())
+            raise FactorMixError(
+                f"the loss became {float(total)} at step {self.state.global_step} ({values}); the last checkpoint is "
+                "kept. Lower the learning rate and run again with --overwrite."
+            )
+        for name, part in parts.items():
+            self.parts.setdefault(name, []).append(float(part.detach()))
+        return total
+
+
+class _Progress(TrainerCallback):
+    """A bar on stderr, the loss by step, and the time limit."""
+
+    def __init__(self, label: str, quiet: bool, max_minutes: float) -> None:
+        self.label, self.quiet = label, quiet
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
+        self.history: list[dict[str, float]] = []
+        self.trainer: _LossTrainer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.label, disable=self.quiet)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.trainer is not None
+        means = {name: sum(values) / len(values) for name, values in self.trainer.parts.items()}
+        self.trainer.parts = {}
+        self.history.append({"step": state.global_step, **means})
+        self.bar.update(1)
+        self.bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
+        if time.monotonic() > self.deadline:
+            control.should_training_stop = control.should_save = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def train(
+    model: PreTrainedModel,
+    text: Packed,
+    loss: Loss,
+    learning_rates: Mapping[str, float],
+    config: LoopConfig,
+    folder: str | Path,
+    *,
+    label: str = "training",
+    quiet: bool = False,
+) -> TrainResult:
+    """Train some parameters of a model on windows of text; resumes from the last whole checkpoint in `folder`.
+
+    Args:
+        model: left in eval mode, with every requires_grad as it was.
+        text: the windows; they are shuffled by the seed and repeated if there are too few.
+        loss: see `Loss`.
+        learning_rates: peak rate of each parameter that trains, by its name in the model; all others are frozen.
+        config: numbers.
+        folder: for checkpoints.
+        label: of the progress bar.
+        quiet: no bar.
+
+    Raises:
+        FactorMixError: nothing to train, too few tokens for one step, NaN in the loss (the last checkpoint stays).
+    """
+    window = text.input_ids.shape[1]
+    world = PartialState().num_processes
+    accumulation = max(1, round(config.batch_tokens / (window * world)))
+    steps = config.tokens // (accumulation * window * world)
+    if steps < 1:
+        raise FactorMixError(
+            f"{config.tokens} training tokens are less than one step of {accumulation * window * world} "
+            f"({accumulation} windows of {window} on {world} process(es)); ask for more tokens or smaller batch_tokens."
+        )
+    device = model.device
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1,
+        gradient_accumulation_steps=accumulation, max_grad_norm=config.clip, lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(config.warmup * steps), save_steps=config.save_steps, save_total_limit=2,
+        seed=config.seed, data_seed=config.seed, bf16=bf16_pays(device) if config.bf16 is None else config.bf16,
+        use_cpu=device.type == "cpu", report_to="none", logging_strategy="no", disable_tqdm=True,
+        remove_unused_columns=False, dataloader_pin_memory=False,
+    )  # fmt: skip
+    was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    groups = _freeze_others(model, learning_rates, config.weight_decay)
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    callback = _Progress(label, quiet or not PartialState().is_main_process, config.max_minutes)
+    trainer = _LossTrainer(
+        model, arguments, train_dataset=_Windows(text), loss=loss, optimizers=(optimiser, None), callbacks=[callback]
+    )
+    callback.trainer = trainer
+    for unwanted in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(unwanted)
+    started = time.perf_counter()
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(was_trainable[name])
+            parameter.grad = None
+        model.eval()
+    return TrainResult(
+        seconds=time.perf_counter() - started,
+        tokens=trainer.state.global_step * accumulation * window * world,
+        peak_bytes=peak_memory_bytes(device.type),
+        params_trained=sum(p.numel() for group in groups for p in group["params"]),
+        metrics={"steps": trainer.state.global_step, "history": callback.history},
+    )
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The newest checkpoint that is whole: Trainer writes trainer_state.json last, so a killed save lacks it."""
+    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]), reverse=True)
+    for checkpoint in found:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return str(checkpoint)
+    return None
+
+
+def _freeze_others(model: nn.Module, learning_rates: Mapping[str, float], decay: float) -> list[dict[str, Any]]:
+    """Freeze all but the named parameters; optimiser groups by learning rate, no weight decay on vectors."""
+    named = dict(model.named_parameters())
+    unknown = sorted(set(learning_rates) - set(named))
+    if unknown or not learning_rates:
+        raise FactorMixError(f"nothing to train: {unknown[:3] or 'no parameter'} named, {len(named)} in the model.")
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        parameter.requires_grad_(name in learning_rates)
+        if name in learning_rates:
+            key = (learning_rates[name], decay if parameter.dim() > 1 else 0.0)
+            groups.setdefault(key, []).append(parameter)
+    return [{"params": params, "lr": lr, "weight_decay": wd} for (lr, wd), params in groups.items()]
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """True where bfloat16 products are native: GPUs that have them, CPUs with AVX512-BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
