@@ -1,0 +1,39 @@
+# `make help` lists the targets. Everything runs in .venv, made by the first target that needs it.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: help venv demo demo-full test check format
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## .venv with the package and all development extras
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,demo]'
+	touch $@
+
+demo: $(STAMP)  ## a real model made sparse, with the proof on screen (10 minutes)
+	$(BIN)/factormix demo
+
+demo-full: $(STAMP)  ## the same with healing (45 minutes)
+	$(BIN)/factormix demo --full
+
+# One thread: the models of the tests are so small that a second one only waits.
+test: $(STAMP)  ## the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+check: $(STAMP)  ## ruff, mypy, the import graph, then all tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_floors.py
+	$(MAKE) test
+
+format: $(STAMP)  ## put the code into ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
