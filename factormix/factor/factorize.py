@@ -27,7 +27,7 @@ from factormix.factor.fit import SiteReport, fit_site
 from factormix.factor.heal import heal
 from factormix.factor.lockstep import Lockstep, batches_of
 from factormix.factor.partition import PARTITIONS
-from factormix.ffn import FFNSite, find_sites, weights
+from factormix.ffn import FFNSite, find_sites, isolate, weights
 from factormix.nn import FactorMixMixin, SparseFFN, adopt
 from factormix.run.errors import FactorMixError
 from factormix.run.progress import progress
@@ -78,12 +78,13 @@ def factorize(
     reports = []
     batches = batches_of(student, packed.input_ids, BATCH_WINDOWS)
     done = _load_done(student, sites, specs, work)
+    every_use = {s.index: _inputs_of_every_use(student, s, batches) for s in sites if s.use_count > 1}
     with Lockstep(student, sites, batches, done) as steps:
         for site in progress(sites, "factoring FFNs", quiet=quiet):
             if site.index in done:
                 reports.append(SiteReport(**work.load(_stage(site))[1]))  # type: ignore[union-attr]
                 continue
-            ffn, report = _factor_site(steps, site, config)
+            ffn, report = _factor_site(steps, site, config, every_use.get(site.index))
             reports.append(report)
             if work is not None:
                 work.save(_stage(site), dict(ffn.state_dict()), asdict(report))
@@ -108,14 +109,17 @@ def factorize(
     return student.eval()
 
 
-def _factor_site(steps: Lockstep, site: FFNSite, config: FactorConfig) -> tuple[SparseFFN, SiteReport]:
-    """One site: gather its inputs, cut it, fit it, and let the forwards run on with it."""
-    old = steps.dense(site)
+def _factor_site(
+    steps: Lockstep, site: FFNSite, config: FactorConfig, every_use: Tensor | None
+) -> tuple[SparseFFN, SiteReport]:
+    """One site: gather its inputs, cut it, fit it, and let the forwards run on with it.
+
+    Every position counts, BOS too: its huge output is what later layers attend to when nothing else matters.
+    """
     inputs = steps.inputs(site)  # (B, L, H) a batch
+    x = torch.cat([s.reshape(-1, site.hidden) for s in inputs]) if every_use is None else every_use  # (T, H)
     with torch.no_grad():
-        outputs = [old(x) for x in inputs]
-    # Every position counts, BOS too: its huge output is what later layers attend to when nothing else matters.
-    x, target = _rows(inputs), _rows(outputs)  # (T, H)
+        target = torch.cat([steps.dense(site)(rows) for rows in x.split(4096)])  # (T, H)
     dense_weights = steps.weights(site)
     stats = ActivationStats(dense_weights, site.act(), seed=config.seed + site.index)
     for rows in x.split(4096):
@@ -129,9 +133,20 @@ def _factor_site(steps: Lockstep, site: FFNSite, config: FactorConfig) -> tuple[
     return ffn, report
 
 
-def _rows(states: list[Tensor]) -> Tensor:
-    """All rows of all batches, (T, H)."""
-    return torch.cat([s.reshape(-1, s.shape[-1]) for s in states])
+def _inputs_of_every_use(model: PreTrainedModel, site: FFNSite, batches: list[dict[str, Tensor]]) -> Tensor:
+    """Inputs (T, H) of an FFN that several layers share (ALBERT), from all its uses in the dense model.
+
+    Lockstep halts at the first use only. Of the T * use_count rows, every use_count-th is kept.
+    """
+    seen: list[Tensor] = []
+    handle = isolate(model, site).register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, site.hidden)))
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+    finally:
+        handle.remove()
+    return torch.cat(seen)[:: site.use_count]
 
 
 def _shallow_copy(dense: PreTrainedModel) -> PreTrainedModel:

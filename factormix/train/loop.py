@@ -91,9 +91,9 @@ class _LossTrainer(Trainer):
         parts = self.loss(model, inputs)
         total = torch.stack([part.float() for part in parts.values()]).sum()
         if not bool(torch.isfinite(total)):
-            values = ", ".join(f"{name} {float(part):g}" for name, part in parts.items())
+            values = ", ".join(f"{name} {float(part.detach()):g}" for name, part in parts.items())
             raise FactorMixError(
-                f"the loss became {float(total)} at step {self.state.global_step} ({values}); the last checkpoint is "
+                f"the loss became {float(total.detach())} at step {self.state.global_step} ({values}); the last checkpoint is "
                 "kept. Lower the learning rate and run again with --overwrite."
             )
         for name, part in parts.items():

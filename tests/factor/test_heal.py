@@ -1,0 +1,148 @@
+"""Healing: the loss's parts, that gradients reach the router, that only sparse FFNs train, resume, NaN."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from factormix import FactorMixError
+from factormix.factor.config import FactorConfig, HealConfig
+from factormix.factor.factorize import factorize, work_directory
+from factormix.factor.heal import HealingLoss, heal
+from factormix.run.workdir import WorkDirectory
+from factormix.train.loop import last_checkpoint
+from tests.families import tiny_model
+from tests.factor.test_factorize import QUICK, windows
+
+STEPS = HealConfig(tokens=256, batch_tokens=64, lr=1e-3, save_steps=2)
+
+
+def pair(layer_fit: bool = False) -> tuple[PreTrainedModel, PreTrainedModel]:
+    dense = tiny_model("llama")
+    config = FactorConfig.parse("S1A1E4", layer_fit=layer_fit, **QUICK)
+    return factorize(dense, config, windows(), quiet=True), dense
+
+
+def batch(rows: int = 2) -> dict[str, torch.Tensor]:
+    text = windows(rows, seed=5)
+    return {"input_ids": text.input_ids, "scored": text.scored}
+
+
+def test_with_pa_weight_0_the_logits_kl_alone_reaches_every_router() -> None:
+    sparse, dense = pair()
+    sparse.train()
+    parts = HealingLoss(sparse, dense, HealConfig(kl=1, pa=0), "joint", "pa")(sparse, batch())
+    assert set(parts) == {"kl"}
+    parts["kl"].backward()
+    for ffn in sparse.sparse_ffns().values():
+        assert ffn.router.weight.grad.abs().max() > 0
+
+
+def test_each_part_has_its_weight_and_value() -> None:
+    sparse, dense = pair()
+    config = HealConfig(kl=0.5, ce=2.0, pa=0.05, balance=0.01)
+    loss = HealingLoss(sparse, dense, config, "joint", "pa")
+    with loss.watching(), torch.no_grad():
+        parts = loss(sparse, batch())
+    ids, scored = batch()["input_ids"], batch()["scored"]
+    with torch.no_grad():
+        log_q = sparse(input_ids=ids).logits[:, :-1][scored[:, 1:]].log_softmax(-1)
+    expected = -2.0 * log_q.gather(1, ids[:, 1:][scored[:, 1:]].unsqueeze(1)).mean()
+    assert torch.allclose(parts["ce"], expected, atol=1e-5)
+    assert parts["kl"] > 0 and parts["pa"] > 0 and 0.01 * 0.9 < parts["balance"] < 0.01 * 3
+
+
+def test_the_kl_is_zero_between_a_model_and_itself() -> None:
+    dense = tiny_model("llama")
+    parts = HealingLoss(dense, dense, HealConfig(), "joint", "pa")(dense, batch())
+    assert parts["kl"].abs() < 1e-2  # teacher and student may compute in different precision
+
+
+def test_every_sample_of_a_batch_counts() -> None:
+    sparse, dense = pair()
+    loss = HealingLoss(sparse, dense, HealConfig(), "joint", "pa")
+    both = batch(2)
+    with torch.no_grad():
+        apart = [loss(sparse, {k: v[i : i + 1] for k, v in both.items()})["kl"] for i in range(2)]
+        together = loss(sparse, both)["kl"]
+    assert apart[0] != apart[1] and torch.allclose(together, (apart[0] + apart[1]) / 2, rtol=1e-2)
+
+
+def test_healing_lowers_the_loss_and_trains_sparse_ffns_only() -> None:
+    sparse, dense = pair()
+    before = {name: p.clone() for name, p in sparse.named_parameters()}
+    teacher = {name: p.clone() for name, p in dense.named_parameters()}
+    done = heal(sparse, dense, windows(64), STEPS.replace(tokens=2048, lr=5e-3, save_steps=100), quiet=True)
+    for name, parameter in sparse.named_parameters():
+        changed = not torch.equal(parameter, before[name])
+        assert changed == (".mlp." in name), name
+        assert parameter.requires_grad
+    assert all(torch.equal(p, teacher[name]) for name, p in dense.named_parameters())
+    history = done["metrics"]["history"]
+    assert history[-1]["kl"] < history[0]["kl"]
+    assert done["tokens"] == 2048
+    assert done["params_trained"] == sum(p.numel() for n, p in sparse.named_parameters() if ".mlp." in n)
+
+
+def test_a_killed_healing_goes_on_from_its_last_whole_checkpoint(tmp_path: Path) -> None:
+    text = windows(64)
+    straight, dense = pair()
+    heal(straight, dense, text, STEPS, quiet=True)
+    sparse, dense = pair()
+    work = WorkDirectory(tmp_path / "w", {})
+    original = HealingLoss.__call__
+    calls = []
+
+    def dies(self: HealingLoss, model: torch.nn.Module, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        if len(calls) > 12:  # four windows a step: in step 4 of 4
+            raise KeyboardInterrupt
+        return original(self, model, part)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(HealingLoss, "__call__", dies)
+        heal(sparse, dense, text, STEPS, work=work, quiet=True)
+    torn = tmp_path / "w" / "healing" / "checkpoint-3"  # a save that was killed half-way
+    torn.mkdir()
+    assert last_checkpoint(tmp_path / "w" / "healing") == str(tmp_path / "w" / "healing" / "checkpoint-2")
+    again, dense = pair()
+    done = heal(again, dense, text, STEPS, work=WorkDirectory(tmp_path / "w", {}), quiet=True)
+    assert [row["step"] for row in done["metrics"]["history"]] == [3, 4]
+    for (name, a), (_, b) in zip(straight.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5), name
+
+
+def test_nan_in_the_loss_stops_and_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    sparse, dense = pair()
+    original, calls = HealingLoss.__call__, []
+
+    def poisoned(self: HealingLoss, model: torch.nn.Module, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        calls.append(1)
+        parts = original(self, model, part)
+        return {"kl": parts["kl"] * float("nan")} if len(calls) > 12 else parts
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(FactorMixError, match="loss became nan at step 3"):
+        patch.setattr(HealingLoss, "__call__", poisoned)
+        heal(sparse, dense, windows(64), STEPS, work=WorkDirectory(tmp_path / "w", {}), quiet=True)
+    assert last_checkpoint(tmp_path / "w" / "healing") is not None
+
+
+def test_impossible_healing_is_refused() -> None:
+    sparse, dense = pair()
+    with pytest.raises(FactorMixError, match="no sparse FFN"):
+        heal(dense, dense, windows(), STEPS, quiet=True)
+    with pytest.raises(FactorMixError, match="all 0"):
+        heal(sparse, dense, windows(), STEPS.replace(kl=0.0), quiet=True)
+    with pytest.raises(FactorMixError, match="less than one step"):
+        heal(sparse, dense, windows(), STEPS.replace(tokens=32), quiet=True)
+
+
+def test_factorize_heals_when_asked(tmp_path: Path) -> None:
+    dense = tiny_model("llama")
+    config = FactorConfig.parse("S1A1E4", heal=STEPS, **QUICK)
+    work = work_directory(tmp_path / "out", config, {})
+    sparse = factorize(dense, config, windows(), healing=windows(64), work=work, quiet=True)
+    assert sparse.config.factormix["made_by"]["healing"]["tokens"] == 256
