@@ -1,13 +1,15 @@
 """Save and load a FactorMix directory.
 
 What lies in it: ``config.json`` (model_type ``factormix``, the dense config whole under ``base_config``, the sparse
-sites), ``model*.safetensors``, the tokenizer where one was given, and ``hashes.json`` (SHA-256 of every other file).
+sites), ``model*.safetensors``, the tokenizer and ``run.json`` where they were given, and ``hashes.json`` (SHA-256 of
+every other file).
 A directory is written beside its place and renamed into it; it loads with every tensor accounted for, or not at all.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -56,6 +58,7 @@ def save(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
+    run: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> None:
     """Write a FactorMix directory in one step: it is whole, or `path` is as it was.
@@ -65,6 +68,7 @@ def save(
         path: the directory. One that exists and is not empty is refused unless `overwrite`, or unless it is a
             Trainer's ``checkpoint-N``, which Trainer fills in several steps.
         tokenizer: saved beside the model.
+        run: what made it, written as run.json (see `factormix.run.record`).
         kwargs: ``state_dict`` and ``max_shard_size`` go to transformers' save_pretrained; its other arguments
             are refused.
 
@@ -95,6 +99,8 @@ def save(
         write_json(folder / "config.json", json.loads(config.to_json_string(use_diff=True)))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
+        if run is not None:
+            write_json(folder / "run.json", run)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         write_json(folder / HASHES, {str(p.relative_to(folder)): sha256(p) for p in files})
 

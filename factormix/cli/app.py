@@ -1,0 +1,71 @@
+"""`factormix COMMAND`: the table of commands, and how an error reaches the user."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import typer
+from typer.core import TyperGroup
+
+from factormix.cli.bench import bench
+from factormix.cli.eval import evaluate
+from factormix.cli.factor import factor
+from factormix.cli.generate import generate
+from factormix.cli.inspect import inspect
+from factormix.cli.validate import validate
+from factormix.run.errors import FactorMixError
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "factor": factor,
+    "eval": evaluate,
+    "generate": generate,
+    "bench": bench,
+    "inspect": inspect,
+    "validate": validate,
+}
+
+
+class _Group(TyperGroup):
+    """Prints what a user can put right as one line on stderr, exit code 2; FACTORMIX_TRACEBACK=1 shows where."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (FactorMixError, OSError, torch.OutOfMemoryError) as error:
+            message = _message(error)
+            if message is None or os.environ.get("FACTORMIX_TRACEBACK") == "1":
+                raise
+            print(f"error: {message}", file=sys.stderr)
+            raise typer.Exit(2) from None
+
+
+def _message(error: Exception) -> str | None:
+    """What to say, or None for an error that is none of the user's."""
+    if isinstance(error, FactorMixError):
+        return str(error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the device is out of memory ({str(error).splitlines()[0]}) Use fewer --tokens or --dtype bfloat16."
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{str(error.filename)!r}: {error.strerror}. Check the path, its permissions and the space on the disk."
+    return None
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="factormix",
+    help="Make a trained transformer's feed-forward networks sparse, and prove what was gained and lost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
+
+
+def main() -> None:
+    """The `factormix` console script."""
+    app()

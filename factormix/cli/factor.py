@@ -1,0 +1,187 @@
+"""`factormix factor`: a dense model and some text in, a sparse model's directory out."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import PreTrainedModel
+
+from factormix import checkpoint
+from factormix.cli import options
+from factormix.cli.inspect import dense_config
+from factormix.cli.models import Source, identity, locate, locate_text, open_model, open_tokenizer, read_config
+from factormix.cli.plan import describe_run
+from factormix.cli.recipe import Recipe, merged
+from factormix.data.text import read_documents
+from factormix.evaluate.cost import parameters_per_token
+from factormix.factor.advice import export_advice
+from factormix.factor.config import FactorConfig
+from factormix.factor.factorize import factorize, work_directory
+from factormix.ffn.cost import inspect_model
+from factormix.nn import SparseFFN
+from factormix.run.directory import check_output
+from factormix.run.errors import FactorMixError
+from factormix.run.progress import say
+from factormix.run.record import RunRecord, peak_memory_bytes
+from factormix.run.workdir import WorkDirectory
+
+SCHEMA_VERSION = 1
+DEFAULT_TEXT = "asset:brown-train"
+MEASURES = ("recall", "captured", "error_before", "error_after")
+
+
+@options.config_flags(FactorConfig)
+def factor(
+    given: dict[str, Any],
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=options.MODEL_HELP)] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="OUT", help="the directory to write")] = None,
+    recipe: options.RecipeFile = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="default: chosen by measurement; paper: FactorLLM as released")
+    ] = None,
+    text: options.Text = None,
+    heal_text: Annotated[
+        list[str] | None, typer.Option("--heal-text", metavar="FILE", help="text for healing, else the calibration's")
+    ] = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    device_map: options.DeviceMap = None,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    quiet: options.Quiet = False,
+    json: options.Json = None,
+) -> None:
+    """Split the FFNs of MODEL into sparse experts, fit them to the dense ones on text, and write OUT.
+
+    A run that was killed goes on where it stopped when the same command is given again (its work is in OUT.work).
+    """
+    started = time.perf_counter()
+    flags = {"model": model, "out": out and str(out), "preset": preset, "text": text, "heal_text": heal_text}
+    plan = Recipe.open(recipe, merged({key: value for key, value in flags.items() if value}, given))
+    if not plan.model or not plan.out:
+        raise FactorMixError("factor needs MODEL and -o OUT: factormix factor MODEL -o OUT, or a recipe that has both.")
+    config = plan.config
+    check_output(plan.out, overwrite)
+    options.check_json(json)
+    if not plan.text:
+        say(f"no --text given: calibrating on {DEFAULT_TEXT}.", quiet)
+    paths = locate_text(plan.text or [DEFAULT_TEXT], quiet)
+    heal_paths = locate_text(plan.heal_text, quiet)
+    data = {path.name: read_documents(path).sha256 for path in [*paths, *heal_paths]}  # refuses bad text at once
+    source = locate(plan.model, quiet)
+    _check(source, config, dtype, dry_run, quiet)
+    if dry_run:
+        return
+    torch.manual_seed(config.seed)
+    command = shlex.join(["factormix", "factor", plan.model, "-o", plan.out])
+    record = RunRecord(command, plan.flat(), config.seed, dtype, torch.device(device).type, data)
+    with record.phase("load"):
+        tokenizer = open_tokenizer(source)
+        dense = open_model(source, dtype, device, device_map)
+    work = _work(plan.out, config, {**data, "model": identity(source, dense.config), "dtype": dtype}, overwrite, quiet)
+    try:
+        with record.phase("factorize"):
+            sparse = factorize(
+                dense, config, [str(path) for path in paths], tokenizer,
+                healing=[str(path) for path in heal_paths] or None, keep_dense=config.heal.tokens > 0,
+                work=work, quiet=quiet,
+            )  # fmt: skip
+    except BaseException:
+        if not _stages(work):
+            work.remove()
+        raise
+    made_by = sparse.config.factormix["made_by"]
+    record.tokens = made_by["calibration"]["tokens"] + made_by.get("healing", {}).get("tokens", 0)
+    record.metrics = _metrics(sparse, made_by)
+    record.peak_memory_bytes = peak_memory_bytes(record.device)
+    checkpoint.save(sparse, plan.out, tokenizer, overwrite, run=record.to_dict())
+    work.remove()
+    options.put_json(
+        json,
+        {
+            "schema_version": SCHEMA_VERSION,
+            "seconds": time.perf_counter() - started,
+            "tokens": record.tokens,
+            "peak_bytes": peak_memory_bytes(record.device),
+            "params_trained": _trained(sparse, config),
+            "metrics": record.metrics,
+        },
+    )
+    typer.echo(_summary(record, plan.model, plan.out, paths[0]))
+
+
+def _check(source: Source, config: FactorConfig, dtype: str, show: bool, quiet: bool) -> None:
+    """Refuse, from the config alone, a model or a layout that cannot be; print the plan where it is asked for."""
+    model_config = read_config(source)
+    if isinstance(model_config, checkpoint.FactorMixConfig):
+        raise FactorMixError(f"{source.typed!r} is sparse already; name the dense model it was made from.")
+    found = inspect_model(dense_config(model_config))
+    lines = describe_run(found, config, dtype)  # does the arithmetic of the layout
+    advice = export_advice(config.cut, (group.inner for group in found.groups))
+    if advice:
+        say(f"note: {advice}", quiet)
+    if show:
+        typer.echo("\n".join(lines))
+
+
+def _work(out: str, config: FactorConfig, data: dict[str, str], overwrite: bool, quiet: bool) -> WorkDirectory:
+    """The work directory: this run's own goes on, with --overwrite too; another run's is replaced only by that."""
+    try:
+        work = work_directory(out, config, data)
+    except FactorMixError:
+        if not overwrite:
+            raise
+        work = work_directory(out, config, data, overwrite=True)
+    if done := _stages(work):
+        say(f"resuming: {done} FFNs are done in {str(work.path)!r}.", quiet)
+    return work
+
+
+def _stages(work: WorkDirectory) -> int:
+    return sum(1 for _ in work.path.glob("site-*.json"))
+
+
+def _metrics(sparse: PreTrainedModel, made_by: dict[str, Any]) -> dict[str, Any]:
+    sites = made_by["sites"]
+    ffns = sparse.sparse_ffns().values()  # type: ignore[operator]
+    total = sum(p.numel() for ffn in ffns for p in ffn.parameters())
+    metrics: dict[str, Any] = {
+        "parameters": sparse.num_parameters(),
+        "parameters_per_token": parameters_per_token(sparse),
+        "active_fraction": sum(ffn.active_parameters() for ffn in ffns) / total,
+        **{name: sum(site[name] for site in sites) / len(sites) for name in MEASURES},
+    }
+    if "healing" in made_by:
+        healing = made_by["healing"]
+        history = healing["metrics"].get("history") or [{}]
+        metrics["healing"] = {"seconds": healing["seconds"], "tokens": healing["tokens"], "last_step": history[-1]}
+    return metrics
+
+
+def _trained(sparse: PreTrainedModel, config: FactorConfig) -> int:
+    """Parameters that a fit changed: routers; down projections by the layer fit; all by its steps or by healing."""
+    names: tuple[str, ...] = ("router.",)
+    if config.layer_fit:
+        names += ("shared.down_proj", "experts.down_proj")
+    if config.heal.tokens or (config.layer_fit and config.fit_steps):
+        names = ("",)
+    ffns: list[SparseFFN] = list(sparse.sparse_ffns().values())  # type: ignore[operator]
+    return sum(p.numel() for ffn in ffns for name, p in ffn.named_parameters() if name.startswith(names))
+
+
+def _summary(record: RunRecord, model: str, out: str, text: Path) -> str:
+    of = record.metrics
+    seconds = sum(phase["seconds"] for phase in record.phases)
+    return "\n".join([
+        f"{out}: {of['parameters']:,} parameters, {of['parameters_per_token']:,} of them read for a token "
+        f"({100 * of['active_fraction']:.1f} % of the FFNs)",
+        f"label recall {of['recall']:.3f}, output error of an FFN {of['error_before']:.3f} before and "
+        f"{of['error_after']:.3f} after the layer fit, means over FFNs",
+        f"{record.tokens:,} tokens, {seconds:.0f} s, {record.peak_memory_bytes / 2**30:.2f} GiB at most",
+        f"next: {shlex.join(['factormix', 'eval', out, '--against', model, '--text', str(text)])}",
+    ])  # fmt: skip

@@ -1,0 +1,62 @@
+"""What a factorisation would do, by arithmetic: shown by --dry-run and by `validate`."""
+
+from __future__ import annotations
+
+from factormix.cli.inspect import site_table
+from factormix.factor.config import FactorConfig
+from factormix.ffn.cost import Inspection
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+TRAINING_BYTES = 16  # a trained parameter: float32 gradient, two Adam moments, and a copy while a checkpoint is written
+STATE_BYTES = 12  # a token and hidden unit: the live states of a halted forward
+
+
+def describe_layout(found: Inspection, config: FactorConfig) -> list[str]:
+    """How every group of FFNs is cut, with the numbers; and the most that the speed can gain.
+
+    Raises:
+        FactorMixError: a layout that does not divide an FFN.
+    """
+    cut = config.cut
+    lines = [f"{found.model_class} ({found.model_type})", *site_table(found), f"layout {cut}:"]
+    for group in found.groups:
+        width = cut.width(group.inner)
+        lines.append(
+            f"  I = {group.inner} = {cut.slices} slices of {width}: {cut.shared} shared "
+            f"({cut.shared * width} neurons), {cut.routed} routed experts, {cut.active} of them for a token ({cut.active * width} neurons)"
+        )
+    limit = found.speed_limit(cut.active_fraction)
+    lines.append(
+        f"  active fraction ({cut.shared} + {cut.active}) / {cut.slices} = {cut.active_fraction:.4g}; at most "
+        f"{limit.decode:.2f} x faster decoding, {limit.prefill:.2f} x faster prefill"
+    )
+    return lines
+
+
+def estimated_bytes(found: Inspection, config: FactorConfig, dtype: str) -> int:
+    """Peak memory of the factorisation, roughly: the model, one dense FFN beside its sparse one, calibration states."""
+    size = ELEMENT_BYTES.get(dtype, 4)
+    hidden = max(group.hidden for group in found.groups)
+    inner = max(group.inner for group in found.groups)
+    largest = max(group.parameters for group in found.groups)
+    states = config.tokens * hidden * (STATE_BYTES + 3 * size)  # halted forwards; inputs and outputs of one FFN
+    fitting = inner * inner * 20 if config.layer_fit else 0  # gram, scaled copy and factor, in float32 and float64
+    total = found.parameters * size + largest * size + states + fitting
+    if config.heal.tokens:
+        total += found.ffn_parameters * (size + TRAINING_BYTES)  # the teacher's FFNs, and what training holds
+    return total
+
+
+def describe_run(found: Inspection, config: FactorConfig, dtype: str) -> list[str]:
+    """The plan in full: sites, layout, tokens, memory."""
+    fit = "router and layer fit" if config.layer_fit else "router fit"
+    lines = [
+        *describe_layout(found, config),
+        f"calibration: {config.tokens:,} tokens in windows of {config.window}; partition {config.partition}, {fit}",
+    ]
+    if config.heal.tokens:
+        lines.append(f"healing: {config.heal.tokens:,} tokens, {config.heal.batch_tokens:,} a step")
+    lines.append(
+        f"memory, estimated: {estimated_bytes(found, config, dtype) / 2**30:.2f} GiB in {dtype}, torch not counted"
+    )
+    return lines

@@ -1,0 +1,90 @@
+"""A recipe: everything a `factormix factor` run depends on, read from YAML, flags beside it.
+
+model: asset:smollm2          # optional: model, out, text, heal_text, preset
+preset: default
+layout: S4A4E16               # the keys of FactorConfig, nested as in Python
+tokens: 16384
+heal: {tokens: 120000}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import yaml  # type: ignore[import-untyped, unused-ignore]
+
+from factormix.factor.config import FactorConfig
+from factormix.run.config import Config, option
+from factormix.run.errors import FactorMixError, nearest
+
+
+@dataclass(frozen=True)
+class Recipe(Config):
+    """What is factored with what into what; `config` is how."""
+
+    model: str | None = option(None, help="the dense model")
+    out: str | None = option(None, help="the directory to write")
+    text: list[str] = option([], help="calibration text")
+    heal_text: list[str] = option([], help="text for healing; the calibration text by default")
+    preset: str = option("default", help="what the options left open are", choices=("default", "paper"))
+    config: FactorConfig = option(FactorConfig, help="the other keys of a recipe, at its top level")
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any]) -> Self:
+        """From a recipe's flat mapping; a preset fills what is left open, and changes `layout` as it must.
+
+        Raises:
+            FactorMixError: an unknown key (with the nearest), a value that cannot be.
+        """
+        own = {field.name for field in fields(cls)} - {"config"}
+        known = {field.name for field in fields(FactorConfig)}
+        for key in values:
+            if key not in own | known:
+                keys = sorted(own | known)
+                raise FactorMixError(f"a recipe has no key {key!r}; its keys: {', '.join(keys)}.{nearest(key, keys)}")
+        recipe = cls(**{key: value for key, value in values.items() if key in own})
+        options = {key: value for key, value in values.items() if key in known}
+        layout = options.pop("layout", None)
+        base = FactorConfig.preset(recipe.preset, layout)
+        return recipe.replace(config=FactorConfig.from_dict(merged(base.to_dict(), options)))
+
+    @classmethod
+    def open(cls, path: Path | None, flags: Mapping[str, Any]) -> Self:
+        """From a YAML file, where there is one, and flags, which win."""
+        if path is None:
+            return cls.build(flags)
+        try:
+            return cls.build(merged(_read(path), flags))
+        except FactorMixError as error:
+            raise FactorMixError(f"recipe {str(path)!r}: {error}") from error
+
+    def flat(self) -> dict[str, Any]:
+        """The resolved recipe: a mapping that `build` turns into an equal one. Keys without a value are left out."""
+        own = {key: value for key, value in self.to_dict().items() if key not in ("config", "preset") and value}
+        return {**own, **self.config.to_dict()}
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`, mapping by mapping."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merged(out[key], value) if both else value
+    return out
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FactorMixError(f"cannot be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FactorMixError(f"is not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, Mapping):
+        raise FactorMixError(f"needs a mapping of options at its top, received {values!r}.")
+    return dict(values)
