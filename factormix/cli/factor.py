@@ -14,7 +14,16 @@ from transformers import PreTrainedModel
 from factormix import checkpoint
 from factormix.cli import options
 from factormix.cli.inspect import dense_config
-from factormix.cli.models import Source, identity, locate, locate_text, open_model, open_tokenizer, read_config
+from factormix.cli.models import (
+    Source,
+    check_compute,
+    identity,
+    locate,
+    locate_text,
+    open_model,
+    open_tokenizer,
+    read_config,
+)
 from factormix.cli.plan import describe_run
 from factormix.cli.recipe import Recipe, merged
 from factormix.data.text import read_documents
@@ -66,6 +75,7 @@ def factor(
     if not plan.model or not plan.out:
         raise FactorMixError("factor needs MODEL and -o OUT: factormix factor MODEL -o OUT, or a recipe that has both.")
     config = plan.config
+    on = check_compute(dtype, device)
     check_output(plan.out, overwrite)
     options.check_json(json)
     if not plan.text:
@@ -79,7 +89,7 @@ def factor(
         return
     torch.manual_seed(config.seed)
     command = shlex.join(["factormix", "factor", plan.model, "-o", plan.out])
-    record = RunRecord(command, plan.flat(), config.seed, dtype, torch.device(device).type, data)
+    record = RunRecord(command, plan.flat(), config.seed, dtype, on.type, data)
     with record.phase("load"):
         tokenizer = open_tokenizer(source)
         dense = open_model(source, dtype, device, device_map)

@@ -114,6 +114,19 @@ def read_config(source: Source) -> PretrainedConfig:
     return config
 
 
+def check_compute(dtype: str, name: str) -> torch.device:
+    """The device called `name`; refuses one that is not here, and a dtype that cannot be."""
+    choose("dtype", dtype, DTYPES)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
+        there = [kind for kind, here in has.items() if here]
+        raise FactorMixError(f"device {name!r} is not to be had here; allowed: {', '.join(there)}.") from error
+    return device
+
+
 def open_model(
     source: Source, dtype: str = "float32", device: str = "cpu", device_map: str | None = None
 ) -> PreTrainedModel:
@@ -122,8 +135,7 @@ def open_model(
     Raises:
         FactorMixError: no model there, a file truncated or altered (named), weights missing, no such device or dtype.
     """
-    choose("dtype", dtype, DTYPES)
-    target = _device(device)
+    target = check_compute(dtype, device)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     config = read_config(source)
@@ -222,17 +234,6 @@ def _refuse_truncated(folder: Path) -> None:
             raise FactorMixError(
                 f"{str(file)!r} is truncated or no safetensors file ({error}). Copy or download it again."
             ) from error
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.mps.is_available()}
-        there = [kind for kind, here in has.items() if here]
-        raise FactorMixError(f"device {name!r} is not to be had here; allowed: {', '.join(there)}.") from error
-    return device
 
 
 def _need_gguf(source: Source) -> None:

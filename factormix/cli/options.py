@@ -44,7 +44,6 @@ Json = Annotated[
 ]
 
 FLAG_NAMES = {"heal.max_minutes": "--max-minutes"}  # where the flag is not the field's name
-PANELS = {"": "Recipe", "heal": "Healing"}
 
 
 def check_json(path: Path | None) -> None:
@@ -121,10 +120,9 @@ def _annotation(field: Option, path: tuple[str, ...]) -> Any:
         name = f"{name}/--no-{dashed}"
     option = typer.Option(
         name,
-        help=field.help,
+        help=f"{field.help} [{field.default}]" if field.default is not None else field.help,
         metavar=None if field.choices is None else "|".join(map(str, field.choices)),
-        show_default=False if field.default is None else str(field.default),
-        rich_help_panel=PANELS.get(".".join(path[:-1]), "Recipe"),
+        show_default=False,
     )
     return Annotated[kind | None, option]
 

@@ -21,9 +21,10 @@ def describe_layout(found: Inspection, config: FactorConfig) -> list[str]:
     lines = [f"{found.model_class} ({found.model_type})", *site_table(found), f"layout {cut}:"]
     for group in found.groups:
         width = cut.width(group.inner)
+        shared, active = cut.shared * width, cut.active * width
         lines.append(
-            f"  I = {group.inner} = {cut.slices} slices of {width}: {cut.shared} shared "
-            f"({cut.shared * width} neurons), {cut.routed} routed experts, {cut.active} of them for a token ({cut.active * width} neurons)"
+            f"  I = {group.inner} = {cut.slices} slices of {width}: {cut.shared} shared ({shared} neurons), "
+            f"{cut.routed} routed experts, {cut.active} of them for a token ({active} neurons)"
         )
     limit = found.speed_limit(cut.active_fraction)
     lines.append(

@@ -1,0 +1,198 @@
+"""The commands from end to end on a tiny model: what they print, write and put into JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import factormix
+from factormix.cli.recipe import Recipe
+from factormix.factor.config import FactorConfig
+from factormix.factor.factorize import factorize
+from factormix.run.directory import sha256
+from tests.cli.tiny import CUT, save_tiny
+
+Run = Callable[..., str]
+
+
+def read(path: Path | str) -> dict:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def test_factor(run: Run, llama: Path, text: Path) -> None:
+    said = run("factor", llama, "-o", "out", "--text", text, "--json", "out.json", "--seed", 3, *CUT)
+    result = read("out.json")
+    assert result.keys() == {"schema_version", "seconds", "tokens", "peak_bytes", "params_trained", "metrics"}
+    assert result["tokens"] == 1024 and result["seconds"] > 0 and result["peak_bytes"] > 2**20
+    assert 0 < result["metrics"]["recall"] <= 1 and result["metrics"]["error_after"] < result["metrics"]["error_before"]
+
+    model = factormix.load("out")
+    assert result["metrics"]["parameters"] == model.num_parameters() and f"{model.num_parameters():,}" in said
+    names = ("router.weight", "shared.down_proj.weight", "experts.down_proj")
+    assert result["params_trained"] == sum(p.numel() for n, p in model.named_parameters() if n.endswith(names))
+    assert f"factormix eval out --against {llama}" in said
+    assert not Path("out.work").exists()
+
+    record = read("out/run.json")
+    assert read("out/hashes.json")["run.json"] == sha256("out/run.json")
+    assert record["schema_version"] == 1 and record["seed"] == 3 and record["tokens"] == 1024
+    assert record["config"]["layout"] == "S1A1E4" and record["config"]["model"] == str(llama)
+    assert record["data"] == {"words.txt": sha256(text)} and record["metrics"] == result["metrics"]
+    assert [phase["name"] for phase in record["phases"]] == ["load", "factorize"]
+    assert record["peak_memory_bytes"] > 2**20 and {"torch", "transformers"} <= record["versions"].keys()
+
+
+def test_the_result_is_what_python_gives(sparse: Path, llama: Path, text: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(llama)
+    config = FactorConfig.parse("S1A1E4", tokens=1024, window=32)
+    model = factorize(dense, config, [str(text)], AutoTokenizer.from_pretrained(llama), quiet=True)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), factormix.load(sparse).parameters(), strict=True))
+
+
+def test_healing(run: Run, llama: Path, text: Path) -> None:
+    heal = ("--heal-tokens", 128, "--heal-batch-tokens", 32, "--heal-text", text)
+    run("factor", llama, "-o", "out", "--text", text, "--json", "out.json", *CUT, *heal)
+    result = read("out.json")
+    assert result["tokens"] == 1024 + 128 and result["metrics"]["healing"]["tokens"] == 128
+    ffns = factormix.load("out").sparse_ffns().values()
+    assert result["params_trained"] == sum(p.numel() for ffn in ffns for p in ffn.parameters())
+
+
+def test_generate(run: Run, sparse: Path) -> None:
+    said = run("generate", sparse, "w1 w2 w3", "--max-new-tokens", 5, "--json", "g.json")
+    assert read("g.json") == {"schema_version": 1, "prompt": "w1 w2 w3", "answer": said.rstrip("\n")}
+    assert 1 <= len(said.split()) <= 5
+
+
+def test_eval(run: Run, sparse: Path, llama: Path, text: Path) -> None:
+    short = text.parent / "short.txt"
+    short.write_text(text.read_text(encoding="utf-8")[:1500], encoding="utf-8")
+    texts = ("--text", text, "--text", short, "--tokens", 2048, "--window", 32)
+    said = run("eval", sparse, "--against", llama, *texts, "--in-domain", "words", "--json", "e.json")
+    result = read("e.json")
+    assert result["perplexity"]["words"].keys() == {"base", "model", "ratio", "ratio_stderr", "tokens"}
+    assert result["agreement"]["words"].keys() == {"top1", "kl"}
+    assert result["in_domain"] == ["words"] and result["foreign"] == ["short"]
+    assert result["mean_ratio"]["all"] and f"{result['perplexity']['words']['model']:.3f}" in said
+    assert 1000 < result["perplexity"]["words"]["tokens"] <= 2048 > result["perplexity"]["short"]["tokens"] > 100
+    assert read("e.json")["perplexity"]["words"]["base"] > 1
+    alone = run("eval", sparse, *texts, "--json", "a.json")
+    assert read("a.json")["perplexity"]["words"]["ratio"] is None and "geometric" not in alone
+    same = result["perplexity"]["words"]["model"]
+    assert read("a.json")["perplexity"]["words"]["model"] == pytest.approx(same, rel=1e-6)
+
+
+def test_bench(run: Run, sparse: Path, llama: Path, text: Path) -> None:
+    quick = ("--repeats", 1, "--new-tokens", 2, "--prefill", 32, "--text", text)
+    run("bench", sparse, "--against", llama, *quick, "--json", "b.json")
+    result = read("b.json")
+    assert result["decode"].keys() == {"1"} and result["prefill"].keys() == {"32"}
+    assert all(result["decode"]["1"][key] > 0 for key in ("base", "model", "ratio"))
+    assert [(r["phase"], r["implementation"]) for r in result["runs"]] == [
+        (phase, name) for phase in ("decode", "prefill") for name in ("dense", "factormix")
+    ]
+    assert result["settings"]["dtype"] == "float32" and result["settings"]["threads"] == 1
+
+
+def test_inspect(run: Run, sparse: Path, llama: Path) -> None:
+    said = run("inspect", llama, "--active", 0.3, "--json", "i.json")
+    result = read("i.json")
+    assert result["schema_version"] == 1 and result["sparse"] == []
+    assert [limit["active_fraction"] for limit in result["speed_limits"]] == [0.3]
+    assert result["groups"][0]["inner"] == 64 and "LlamaForCausalLM" in said
+    run("inspect", sparse, "--json", "s.json")
+    made = read("s.json")
+    assert made["groups"] == result["groups"]  # of the dense model it was made from
+    assert [(row["site"], row["slices"], row["width"]) for row in made["sparse"]] == [(0, 4, 16), (1, 4, 16)]
+    assert all(0 < row["recall"] <= 1 for row in made["sparse"])
+
+
+def test_bert(run: Run, text: Path, tmp_path: Path) -> None:
+    """An encoder with a masked head: factored, loaded, timed without decoding, no next-token perplexity."""
+    bert = save_tiny("bert", tmp_path / "bert")
+    run("factor", bert, "-o", "out", "--text", text, *CUT)
+    assert type(factormix.load("out")).__name__ == "FactorMixBertForMaskedLM"
+    run("bench", "out", "--against", bert, "--prefill", 16, "--repeats", 1, "--json", "b.json")
+    assert read("b.json")["decode"] == {} and read("b.json")["prefill"]["16"]["ratio"] > 0
+
+
+def test_dry_run(run: Run, llama: Path, text: Path, tmp_path: Path) -> None:
+    said = run("factor", llama, "-o", "out", "--text", text, "--dry-run", *CUT)
+    assert "I = 64 = 4 slices of 16" in said and "1,024 tokens" in said and "GiB" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwrite(run: Run, llama: Path, text: Path) -> None:
+    run("factor", llama, "-o", "out", "--text", text, *CUT)
+    run("factor", llama, "-o", "out", "--text", text, "--overwrite", *CUT, "--layout", "S2A1E4")
+    assert factormix.load("out").sparse_ffns()[0].spec.shared == 2
+
+
+def test_a_recipe_is_the_flags(run: Run, llama: Path, text: Path) -> None:
+    """The same run from flags, from a recipe, and from what `validate` prints of it."""
+    values = {"model": str(llama), "text": [str(text)], "layout": "S1A1E4", "tokens": 512, "window": 32}
+    Path("r.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    run("factor", llama, "-o", "flags", "--text", text, *CUT)
+    run("factor", "--recipe", "r.yaml", "-o", "recipe", "--tokens", 1024)  # a flag wins
+    said = run("validate", "r.yaml", "--json", "v.json")
+    assert "I = 64 = 4 slices of 16" in said
+    Path("v.yaml").write_text(said, encoding="utf-8")
+    run("factor", "--recipe", "v.yaml", "-o", "resolved", "--tokens", 1024)
+    digests = {sha256(f"{out}/model.safetensors") for out in ("flags", "recipe", "resolved")}
+    assert len(digests) == 1
+    assert read("v.json")["recipe"] == yaml.safe_load(said)
+
+
+def test_presets_and_recipes_merge() -> None:
+    paper = Recipe.build({"preset": "paper", "layout": "S4A4E16", "heal": {"tokens": 5}, "tokens": 64}).config
+    assert (paper.layout, paper.gate, paper.heal.ce, paper.heal.kl) == ("S0A8E16", "paper", 1.0, 0.0)
+    assert (paper.heal.tokens, paper.tokens) == (5, 64)
+    recipe = Recipe.build({"preset": "paper", "model": "m", "out": "o"})
+    assert Recipe.build(recipe.flat()).config == recipe.config
+
+
+def test_every_option_of_the_config_is_a_flag(run: Run) -> None:
+    said = run("factor", "--help")
+    for flag in (
+        "--layout",
+        "--layer-fit / --no-layer-fit",
+        "--router-loss",
+        "--fit-steps",
+        "--heal-lr",
+        "--max-minutes",
+    ):
+        assert flag in said, flag
+    assert "coactivation|kmeans" in said
+
+
+def test_a_note_on_layouts_that_other_engines_refuse(llama: Path, text: Path, run: Run) -> None:
+    from factormix.factor.advice import export_advice
+    from factormix.nn import Layout
+
+    advice = export_advice(Layout.parse("S4A4E16"), [1536])
+    assert (
+        advice is not None
+        and "12 routed" in advice
+        and "S8A4E24" in advice
+        and "16 routed experts of width 64" in advice
+    )
+    assert export_advice(Layout.parse("S8A4E24"), [1536]) is None
+    width = export_advice(Layout.parse("S0A4E64"), [1536])
+    assert width is not None and "width of 24" in width and "power" not in width
+
+
+def test_quiet_says_nothing_on_stderr(llama: Path, text: Path) -> None:
+    from typer.testing import CliRunner
+
+    from factormix.cli import app
+
+    words = ["factor", str(llama), "-o", "out", "--text", str(text), *CUT]
+    loud = CliRunner().invoke(app, [*words, "--dry-run"])
+    assert "note: layout S1A1E4" in loud.stderr
+    assert CliRunner().invoke(app, [*words, "--quiet"]).stderr == ""
