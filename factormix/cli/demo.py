@@ -38,7 +38,9 @@ HEAL_TOKENS = 120_000
 
 
 def demo(
-    full: Annotated[bool, typer.Option("--full", help="heal with 120k tokens of distillation (up to 45 minutes)")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="heal with 120k tokens of distillation (up to 45 minutes)")
+    ] = False,
     output: Annotated[Path, typer.Option("-o", "--output", help="report folder")] = Path("reports/demo"),
     layout: Annotated[str, typer.Option(help="how each FFN is cut")] = "S4A4E16",
     tokens: Annotated[int, typer.Option(help="calibration tokens")] = 16_384,

@@ -51,7 +51,7 @@ class FactorConfig(Config):
     )
     gate: str = option("hard", help="chosen outputs times 1, E/K, or the score's sigmoid", choices=("hard", "paper", "soft"))
     layer_fit: bool = option(True, help="fit each sparse FFN to its dense output, layer by layer")
-    ridge: float = option(0.1, help="layer fit: pull of the down projection towards its old values", minimum=0)
+    ridge: float = option(0.05, help="layer fit: pull of the down projection towards its old values", minimum=0)
     fit_steps: int = option(0, help="layer fit: gradient steps on all weights of the FFN before the closed form", minimum=0)
     fit_lr: float = option(1e-3, help="layer fit: peak learning rate of those steps", minimum=0)
     router_steps: int = option(150, help="steps of 2,048 tokens to fit each router", minimum=1)

@@ -96,7 +96,7 @@ class Lockstep:
     with Lockstep(model, sites, batches) as steps:
         for site in sites:
             inputs = steps.inputs(site)      # one tensor (..., H) a batch
-            steps.replace(site, new_ffn, outputs)
+            steps.replace(site, new_ffn)
 
     On exit, replaced sites hold their new FFN and the others their old one.
     """
@@ -136,13 +136,13 @@ class Lockstep:
         assert all(x is not None for x in found), f"a forward ended before {site.name}"
         return cast(list[Tensor], found)
 
-    def replace(self, site: FFNSite, new: nn.Module, run: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Put `new` at the site; every halted forward gets ``run(x)`` (by default ``new(x)``) and may go on."""
+    def replace(self, site: FFNSite, new: nn.Module) -> None:
+        """Put `new` at the site; every halted forward gets ``new(x)`` and may go on."""
         self._halts[site.index].new = new
         for runner in self._runners:
             assert runner.input is not None
             with torch.no_grad():
-                runner.output = (run or new)(runner.input)
+                runner.output = new(runner.input)
             runner.input = None
 
     def weights(self, site: FFNSite) -> FFNWeights:
