@@ -1,6 +1,6 @@
 # `make help` lists the targets. Everything runs in .venv, made by the first target that needs it.
 
-PYTHON ?= python3.11
+PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -18,10 +18,10 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)  ## a real model made sparse, with the proof on screen (10 minutes)
-	$(BIN)/factormix demo
+	$(BIN)/factormix demo --overwrite
 
 demo-full: $(STAMP)  ## the same with healing (45 minutes)
-	$(BIN)/factormix demo --full
+	$(BIN)/factormix demo --full --overwrite
 
 # One thread: the models of the tests are so small that a second one only waits.
 test: $(STAMP)  ## the tests
