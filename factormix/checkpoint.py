@@ -79,9 +79,7 @@ def save(
         raise FactorMixError(
             f"{type(model).__name__} has no sparse FFN; factorize it first, or use its own save_pretrained."
         )
-    passed_on = {
-        k: value for k in ("state_dict", "max_shard_size") if (value := kwargs.pop(k, None)) is not None
-    }
+    passed_on = {k: value for k in ("state_dict", "max_shard_size") if (value := kwargs.pop(k, None)) is not None}
     kwargs.pop("is_main_process", None)
     kwargs.pop("save_peft_format", None)
     if kwargs.pop("safe_serialization", True) is False or kwargs.pop("push_to_hub", False) or kwargs:
@@ -95,6 +93,7 @@ def save(
         model.config.architectures = [dense.__name__]
         base_config = model.config.to_dict()
         factormix = base_config.pop("factormix")
+        base_config.pop("_name_or_path", None)  # where the maker had the dense model: no business of the reader's
         config = FactorMixConfig(base_config, dense.__name__, factormix, architectures=[dense.__name__])
         write_json(folder / "config.json", json.loads(config.to_json_string(use_diff=True)))
         if tokenizer is not None:
@@ -133,7 +132,8 @@ def load(
     base_config.factormix = config.factormix
     saved = _architecture(config.architecture, folder)
     base = saved if auto_class is None else _headed(auto_class, base_config)
-    model, info = factormix_class(base).from_pretrained(  # type: ignore[misc]
+    cls: Any = factormix_class(base)
+    model, info = cls.from_pretrained(
         folder, config=base_config, dtype=dtype, device_map=device_map, output_loading_info=True,
         use_safetensors=True, local_files_only=True, **kwargs,
     )  # fmt: skip
@@ -253,7 +253,7 @@ def _register() -> None:
     """Make transformers' Auto classes load FactorMix directories: one small class for each Auto class."""
     AutoConfig.register(FactorMixConfig.model_type, FactorMixConfig, exist_ok=True)
     for auto_name in dir(modeling_auto):
-        auto = getattr(modeling_auto, auto_name)
+        auto: Any = getattr(modeling_auto, auto_name)
         if not (auto_name.startswith("AutoModel") and isinstance(auto, type) and hasattr(auto, "_model_mapping")):
             continue
 

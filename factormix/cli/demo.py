@@ -109,12 +109,12 @@ def _print(
     """The proof on screen."""
     print(f"\n{'perplexity':<16}{'dense':>9}" + "".join(f"{name:>24}" for name in scores))
     for text in TEXTS:
-        row = [score.texts[text] for score in scores.values()]
-        print(f"{text:<16}{row[0].base:>9.1f}" + "".join(f"{s.model:>14.1f} ({s.ratio:>6.2f}x)" for s in row))
+        found = [score.texts[text] for score in scores.values()]
+        print(f"{text:<16}{found[0].base:>9.1f}" + "".join(f"{s.model:>14.1f} ({s.ratio:>6.2f}x)" for s in found))
     print(f"{'geometric mean':<25}" + "".join(f"{score.mean_ratio():>22.2f}x " for score in scores.values()))
-    for phase in ("decode", "prefill"):
-        for size, at in speed[phase].items():
-            print(f"{phase} {size}: dense {at['base']:.1f}, sparse {at['model']:.1f} tokens/s ({at['ratio']:.2f}x)")
+    for kind in ("decode", "prefill"):
+        for size, at in speed[kind].items():
+            print(f"{kind} {size}: dense {at['base']:.1f}, sparse {at['model']:.1f} tokens/s ({at['ratio']:.2f}x)")
     for row in answers:
         print(f"\n> {row['prompt']}\ndense:  {row['base']}\nsparse: {row['model']}")
     print()

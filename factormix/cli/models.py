@@ -154,7 +154,7 @@ def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, **source.where)
-        if len(tokenizer("a", add_special_tokens=False)["input_ids"]):
+        if len(tokenizer) > len(tokenizer.all_special_ids):
             return tokenizer
     except Exception as error:  # transformers raises anything for a damaged tokenizer.json
         raise FactorMixError(_cannot("read a tokenizer of", source, error)) from error

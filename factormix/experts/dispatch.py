@@ -1,4 +1,4 @@
-"""Which path runs: by the number of tokens, by whether gradients are wanted, and by whether torch.compile is tracing."""
+"""Which path runs: by the number of tokens, whether gradients are wanted, and whether torch.compile is tracing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def run_experts(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: Packed
 
 def _eager(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: PackedExperts) -> Tensor:
     few = len(x) <= DECODE_TOKENS and x.device.type == "cpu"
-    if few and not torch.is_grad_enabled():
+    mixed = x.dtype != experts.up.dtype  # autocast: its casts reach `linear`, not products that write into a buffer
+    if few and not mixed and not torch.is_grad_enabled():
         return tokenwise(x, chosen, scale, experts)
     return grouped(x, chosen, scale, experts)
 
@@ -48,7 +49,9 @@ def _compiled(
     gated: bool,
 ) -> Tensor:
     """One opaque operator for torch.compile: which experts run depends on the data, which a graph cannot hold."""
-    return _eager(x, chosen, scale, PackedExperts(up, down, up_bias, activation, gated))
+    mixed = x.dtype != up.dtype  # the graph was traced under autocast, which does not reach inside an operator
+    with torch.autocast(x.device.type, dtype=x.dtype if mixed else None, enabled=mixed):
+        return _eager(x, chosen, scale, PackedExperts(up, down, up_bias, activation, gated))
 
 
 @_compiled.register_fake

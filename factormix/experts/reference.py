@@ -1,6 +1,6 @@
 """The judge: sparse experts written so that a reader can check them against the equation by eye.
 
-    y_t = sum over the K chosen i of  s_ti * E_i(x_t)                      (FactorLLM section 3, PAPERS: hard gate s = 1)
+    y_t = sum over the K chosen i of  s_ti * E_i(x_t)                     (FactorLLM section 3, PAPERS: hard gate s = 1)
 
 Every expert runs on every token and is then masked: slow, clear, differentiable, with no gather to get wrong.
 """

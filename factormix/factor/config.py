@@ -49,10 +49,14 @@ class FactorConfig(Config):
         help="how the router is trained towards the label: per expert, PA over K-hot/K, PA over soft gains, FactorLLM's",
         choices=("bce", "pa", "pa-soft", "paper"),
     )
-    gate: str = option("hard", help="chosen outputs times 1, E/K, or the score's sigmoid", choices=("hard", "paper", "soft"))
+    gate: str = option(
+        "hard", help="chosen outputs times 1, E/K, or the score's sigmoid", choices=("hard", "paper", "soft")
+    )
     layer_fit: bool = option(True, help="fit each sparse FFN to its dense output, layer by layer")
     ridge: float = option(0.05, help="layer fit: pull of the down projection towards its old values", minimum=0)
-    fit_steps: int = option(0, help="layer fit: gradient steps on all weights of the FFN before the closed form", minimum=0)
+    fit_steps: int = option(
+        0, help="layer fit: gradient steps on all weights of the FFN before the closed form", minimum=0
+    )
     fit_lr: float = option(1e-3, help="layer fit: peak learning rate of those steps", minimum=0)
     router_steps: int = option(150, help="steps of 2,048 tokens to fit each router", minimum=1)
     router_lr: float = option(1e-2, help="peak learning rate of the router's fit", minimum=0)

@@ -1,8 +1,8 @@
 """FactorLLM, top to bottom: a dense transformer and some text in, a sparse transformer out.
 
-    text -> windows -> (site by site, at the student's own states:)
-        inputs and dense outputs -> statistics -> assignment -> sparse FFN -> router and layer fit
-    -> healing, where asked for -> a transformers model
+text -> windows -> (site by site, at the student's own states:)
+    inputs and dense outputs -> statistics -> assignment -> sparse FFN -> router and layer fit
+-> healing, where asked for -> a transformers model
 """
 
 from __future__ import annotations
@@ -139,7 +139,9 @@ def _inputs_of_every_use(model: PreTrainedModel, site: FFNSite, batches: list[di
     Lockstep halts at the first use only. Of the T * use_count rows, every use_count-th is kept.
     """
     seen: list[Tensor] = []
-    handle = isolate(model, site).register_forward_pre_hook(lambda _, args: seen.append(args[0].reshape(-1, site.hidden)))
+    handle = isolate(model, site).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].reshape(-1, site.hidden))
+    )
     try:
         with torch.no_grad():
             for batch in batches:
@@ -211,6 +213,8 @@ def _load_done(
     return done
 
 
-def work_directory(out: str | Path, config: FactorConfig, data: dict[str, str], overwrite: bool = False) -> WorkDirectory:
+def work_directory(
+    out: str | Path, config: FactorConfig, data: dict[str, str], overwrite: bool = False
+) -> WorkDirectory:
     """The resumable scratch folder of a run that will write `out`: same recipe and data go on, others are refused."""
     return WorkDirectory(Path(f"{out}.work"), {"config": config.to_dict(), "data": data}, overwrite)

@@ -107,7 +107,9 @@ class HealingLoss:
         if config.pa:
             parts["pa"] = config.pa * self._mean(lambda site, x, z, chosen: self._pa(site, x[text], z[text]))
         if config.balance:
-            parts["balance"] = config.balance * self._mean(lambda site, x, z, chosen: load_balance(z[text], chosen[text]))
+            parts["balance"] = config.balance * self._mean(
+                lambda site, x, z, chosen: load_balance(z[text], chosen[text])
+            )
         return parts
 
     @contextmanager

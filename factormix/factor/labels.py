@@ -65,7 +65,9 @@ def _joint(outputs: Tensor, target: Tensor, active: int) -> Labels:
     routed = outputs.shape[1]
     if math.comb(routed, active) <= EXACT_SUBSETS:
         subsets = torch.tensor(list(itertools.combinations(range(routed), active)), device=gram.device)  # (N, K)
-        member = torch.zeros(len(subsets), routed, device=gram.device, dtype=gram.dtype).scatter_(1, subsets, 1.0)  # (N, R)
+        member = torch.zeros(len(subsets), routed, device=gram.device, dtype=gram.dtype).scatter_(
+            1, subsets, 1.0
+        )  # (N, R)
         drop = 2 * projection @ member.T - torch.einsum("nr,trs,ns->tn", member, gram, member)  # (T, N)
         return Labels(member[drop.argmax(1)], gain)
     rows = torch.arange(len(gram), device=gram.device)

@@ -31,10 +31,12 @@ class Layout:
             raise FactorMixError(f"layout {self}: E must be at least 1, S and A at least 0.")
         if self.shared + self.active == 0:
             raise FactorMixError(f"layout {self} runs nothing: S + A must be at least 1.")
+        if self.shared > self.slices:
+            raise FactorMixError(f"layout {self}: S = {self.shared} slices are to be shared of only E = {self.slices}.")
         if self.active > self.routed:
             raise FactorMixError(
                 f"layout {self}: A = {self.active} experts are to be chosen of R = E - S = {self.slices} - "
-                f"{self.shared} = {self.routed}; allowed: A from 0 to {max(self.routed, 0)}."
+                f"{self.shared} = {self.routed}; allowed: A from 0 to {self.routed}."
             )
         if self.active == 0 and self.routed > 0:
             raise FactorMixError(f"layout {self}: {self.routed} routed experts would never run; A must be at least 1.")
@@ -74,7 +76,7 @@ class Layout:
             FactorMixError: I does not divide; says which E would.
         """
         if inner % self.slices:
-            fits = [e for e in range(1, min(inner, 257)) if inner % e == 0]
+            fits = [e for e in range(1, min(inner, 256) + 1) if inner % e == 0]
             near = sorted(fits, key=lambda e: (abs(e - self.slices), e))[:4]
             raise FactorMixError(
                 f"layout {self}: an FFN of {inner} neurons does not divide into E = {self.slices} equal slices "

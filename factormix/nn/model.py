@@ -7,7 +7,6 @@ gradient checkpointing work as that family's do. Which FFNs are sparse, and thei
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, cast
 
 from torch import nn
@@ -41,13 +40,16 @@ class FactorMixMixin:
         save(cast(PreTrainedModel, self), save_directory, **kwargs)
 
 
-@cache
 def factormix_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The FactorMix subclass of a transformers model class, e.g. FactorMixLlamaForCausalLM."""
-    name = f"FactorMix{base.__name__}"
-    return cast(
-        type[PreTrainedModel], type(name, (FactorMixMixin, base), {"__module__": __name__, "__doc__": base.__doc__})
-    )
+    """The FactorMix subclass of a transformers model class, e.g. FactorMixLlamaForCausalLM; one for each class."""
+    if base in _CLASSES:
+        return _CLASSES[base]
+    body = {"__module__": __name__, "__doc__": base.__doc__}
+    _CLASSES[base] = cast(type[PreTrainedModel], type(f"FactorMix{base.__name__}", (FactorMixMixin, base), body))
+    return _CLASSES[base]
+
+
+_CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 
 
 def base_class(model: PreTrainedModel) -> type[PreTrainedModel]:

@@ -85,9 +85,12 @@ class _LossTrainer(Trainer):
 
     def __init__(self, *args: Any, loss: Loss, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.loss, self.parts = loss, {}
+        self.loss = loss
+        self.parts: dict[str, list[float]] = {}
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         parts = self.loss(model, inputs)
         total = torch.stack([part.float() for part in parts.values()]).sum()
         if not bool(torch.isfinite(total)):
