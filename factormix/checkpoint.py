@@ -162,7 +162,8 @@ def read_config(folder: Path) -> FactorMixConfig:
     config = FactorMixConfig.from_dict(raw)
     if config.format_version != FORMAT_VERSION:
         raise FactorMixError(
-            f"{str(file)!r} has format_version {config.format_version}; this FactorMix reads {FORMAT_VERSION}. Upgrade it."
+            f"{str(file)!r} has format_version {config.format_version}; this FactorMix reads {FORMAT_VERSION}. "
+            "Upgrade FactorMix."
         )
     if not isinstance(config.factormix.get("sites"), dict) or "model_type" not in config.base_config:
         raise FactorMixError(
@@ -254,7 +255,7 @@ def _register() -> None:
     AutoConfig.register(FactorMixConfig.model_type, FactorMixConfig, exist_ok=True)
     for auto_name in dir(modeling_auto):
         auto: Any = getattr(modeling_auto, auto_name)
-        if not (auto_name.startswith("AutoModel") and isinstance(auto, type) and hasattr(auto, "_model_mapping")):
+        if not (auto_name.startswith("AutoModel") and hasattr(auto, "_model_mapping")):
             continue
 
         def from_pretrained(

@@ -82,7 +82,8 @@ class SharedNeurons(nn.Module):
 class RoutedExperts(nn.Module):
     """The packed weights of R experts, named and shaped as transformers' MoE blocks have them.
 
-    ``gate_up_proj`` (R, 2W, H) when gated, else ``up_proj`` (R, W, H); ``down_proj`` (R, H, W); ``up_bias`` (R, 2W or W).
+    ``gate_up_proj`` (R, 2W, H) when gated, else ``up_proj`` (R, W, H); ``down_proj`` (R, H, W);
+    ``up_bias`` (R, 2W or W).
     """
 
     def __init__(self, spec: SparseSpec) -> None:
