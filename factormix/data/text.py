@@ -94,8 +94,8 @@ def read_documents(source: str | Path | Documents | Sequence[str | Path]) -> Doc
         return _join([_read_file(Path(item)) for item in items])
     if any(paths):
         raise FactorMixError(
-            f"text mixes file names ({items[paths.index(True)]!r}) and documents ({str(items[paths.index(False)])[:40]!r}); "
-            "give one or the other."
+            f"text mixes file names ({items[paths.index(True)]!r}) and documents "
+            f"({str(items[paths.index(False)])[:40]!r}); give one or the other."
         )
     texts = [text for text in map(str, items) if text.strip()]
     if not texts:

@@ -46,7 +46,7 @@ class FactorConfig(Config):
     )
     router_loss: str = option(
         "bce",
-        help="how the router is trained towards the label: per expert, PA over K-hot/K, PA over soft gains, FactorLLM's",
+        help="the router's loss towards the label: per expert, PA over K-hot/K, PA over soft gains, FactorLLM's",
         choices=("bce", "pa", "pa-soft", "paper"),
     )
     gate: str = option(

@@ -101,7 +101,8 @@ def factorize(
     if config.heal.tokens:
         if not keep_dense:
             raise FactorMixError("healing needs the dense model as teacher: keep_dense=False goes with heal.tokens 0.")
-        text = _packed(healing if healing is not None else calibration, dense, tokenizer, config.window, config.heal.tokens, config.seed + 1)  # fmt: skip
+        source = calibration if healing is None else healing
+        text = _packed(source, dense, tokenizer, config.window, config.heal.tokens, config.seed + 1)
         made_by["healing"] = heal(
             student, dense, text, config.heal,
             label=config.label, pa_form=config.router_loss, seed=config.seed, work=work, quiet=quiet,

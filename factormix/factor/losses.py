@@ -1,7 +1,7 @@
 """Losses of the router and of healing.
 
-PA is FactorLLM's prior-approximate router loss (section 3.3): the router is pulled towards a label that the frozen dense FFN
-gave, without any task label.
+PA is FactorLLM's prior-approximate router loss (section 3.3): the router is pulled towards a label that the frozen
+dense FFN gave, without any task label.
 """
 
 from __future__ import annotations

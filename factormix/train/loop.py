@@ -96,8 +96,8 @@ class _LossTrainer(Trainer):
         if not bool(torch.isfinite(total)):
             values = ", ".join(f"{name} {float(part.detach()):g}" for name, part in parts.items())
             raise FactorMixError(
-                f"the loss became {float(total.detach())} at step {self.state.global_step} ({values}); the last checkpoint is "
-                "kept. Lower the learning rate and run again with --overwrite."
+                f"the loss became {float(total.detach())} at step {self.state.global_step} ({values}); the last "
+                "checkpoint is kept. Lower the learning rate and run again with --overwrite."
             )
         for name, part in parts.items():
             self.parts.setdefault(name, []).append(float(part.detach()))
