@@ -50,9 +50,7 @@ def dense_config(config: PretrainedConfig) -> PretrainedConfig:
     """The dense model's config, also of a FactorMix model."""
     if not isinstance(config, FactorMixConfig):
         return config
-    base = CONFIG_MAPPING[config.base_config["model_type"]].from_dict(config.base_config)
-    base.architectures = [config.architecture]
-    return base
+    return CONFIG_MAPPING[config.base_config["model_type"]].from_dict(config.base_config)
 
 
 def site_table(found: Inspection) -> list[str]:

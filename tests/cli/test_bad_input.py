@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
 from factormix.cli import app
@@ -146,6 +146,18 @@ def test_a_dense_config_that_does_not_fit_its_weights(refused: Refused, llama: P
 def test_no_tokenizer(refused: Refused, llama: Path, text: Path) -> None:
     shutil.copytree(llama, "mute", ignore=shutil.ignore_patterns("tokenizer*"))
     assert "tokenizer" in refused("factor", "mute", "-o", "out", "--text", text, *CUT)
+
+
+def test_nan_in_the_model(refused: Refused, llama: Path, text: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(shutil.copytree(llama, "nan"))
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained("nan")
+    assert "NaN" in refused("factor", "nan", "-o", "out", "--text", text, *CUT)
+
+
+def test_a_result_that_cannot_be_written(refused: Refused, llama: Path) -> None:
+    if Path("/proc/self").exists():  # a directory in which nobody can make a file
+        assert "/proc/" in refused("inspect", llama, "--json", "/proc/result.json")
 
 
 def test_existing_output(refused: Refused, llama: Path, text: Path) -> None:

@@ -64,6 +64,12 @@ def test_healing(run: Run, llama: Path, text: Path) -> None:
     assert result["params_trained"] == sum(p.numel() for ffn in ffns for p in ffn.parameters())
 
 
+def test_healing_stops_when_its_minutes_are_over(run: Run, llama: Path, text: Path) -> None:
+    heal = ("--heal-tokens", 640, "--heal-batch-tokens", 32, "--max-minutes", 1e-6)
+    run("factor", llama, "-o", "out", "--text", text, "--json", "out.json", *CUT, *heal)
+    assert read("out.json")["metrics"]["healing"]["tokens"] == 32  # one step
+
+
 def test_generate(run: Run, sparse: Path) -> None:
     said = run("generate", sparse, "w1 w2 w3", "--max-new-tokens", 5, "--json", "g.json")
     assert read("g.json") == {"schema_version": 1, "prompt": "w1 w2 w3", "answer": said.rstrip("\n")}
@@ -169,6 +175,12 @@ def test_every_option_of_the_config_is_a_flag(run: Run) -> None:
     ):
         assert flag in said, flag
     assert "coactivation|kmeans" in said
+
+
+def test_a_flag_of_no_or_zero_counts(run: Run, llama: Path, text: Path) -> None:
+    run("factor", llama, "-o", "out", "--text", text, *CUT, "--no-layer-fit", "--heal-kl", 0, "--seed", 0)
+    config = read("out/run.json")["config"]
+    assert config["layer_fit"] is False and config["heal"]["kl"] == 0
 
 
 def test_a_note_on_layouts_that_other_engines_refuse(llama: Path, text: Path, run: Run) -> None:
