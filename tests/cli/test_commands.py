@@ -56,9 +56,11 @@ def test_the_result_is_what_python_gives(sparse: Path, llama: Path, text: Path) 
 
 
 def test_healing(run: Run, llama: Path, text: Path) -> None:
-    heal = ("--heal-tokens", 128, "--heal-batch-tokens", 32, "--heal-text", text)
+    Path("words.txt").write_text("w5 " * 200, encoding="utf-8")  # of the same name as the calibration text
+    heal = ("--heal-tokens", 128, "--heal-batch-tokens", 32, "--heal-text", "./words.txt")
     run("factor", llama, "-o", "out", "--text", text, "--json", "out.json", *CUT, *heal)
     result = read("out.json")
+    assert read("out/run.json")["data"] == {str(path.resolve()): sha256(path) for path in (text, Path("words.txt"))}
     assert result["tokens"] == 1024 + 128 and result["metrics"]["healing"]["tokens"] == 128
     ffns = factormix.load("out").sparse_ffns().values()
     assert result["params_trained"] == sum(p.numel() for ffn in ffns for p in ffn.parameters())
