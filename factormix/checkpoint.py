@@ -9,6 +9,7 @@ A directory is written beside its place and renamed into it; it loads with every
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -80,13 +81,15 @@ def save(
             f"{type(model).__name__} has no sparse FFN; factorize it first, or use its own save_pretrained."
         )
     passed_on = {k: value for k in ("state_dict", "max_shard_size") if (value := kwargs.pop(k, None)) is not None}
-    kwargs.pop("is_main_process", None)
+    writes = kwargs.pop("is_main_process", True)  # Trainer and accelerate: the other processes have nothing to write
     kwargs.pop("save_peft_format", None)
     if kwargs.pop("safe_serialization", True) is False or kwargs.pop("push_to_hub", False) or kwargs:
         raise FactorMixError(
             f"save_pretrained of a FactorMix model takes save_directory, tokenizer, overwrite, state_dict and "
             f"max_shard_size, not {sorted(kwargs) or 'safe_serialization=False or push_to_hub=True'}."
         )
+    if not writes:
+        return
     dense = base_class(model)
     with output_directory(path, overwrite or Path(path).name.startswith("checkpoint-")) as folder:
         dense.save_pretrained(model, folder, **passed_on)
@@ -101,6 +104,8 @@ def save(
         if run is not None:
             write_json(folder / "run.json", run)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
+        for file in files:  # safetensors makes its files readable by their owner alone
+            shutil.copymode(folder / "config.json", file)
         write_json(folder / HASHES, {str(p.relative_to(folder)): sha256(p) for p in files})
 
 
@@ -119,25 +124,36 @@ def load(
         device_map: as in transformers.
         auto_class: e.g. "AutoModelForSequenceClassification" for another head than the saved one; new heads are then
             freshly initialised, as in transformers.
-        kwargs: further arguments of transformers' from_pretrained, e.g. attn_implementation.
+        kwargs: further arguments of transformers' from_pretrained, e.g. attn_implementation, and fields of the dense
+            config to change, e.g. num_labels.
 
     Raises:
         FactorMixError: not such a directory, a file missing, altered or truncated (named), tensors missing,
             unexpected or of another shape (named).
     """
+    if (older := kwargs.pop("torch_dtype", None)) is not None and dtype == "auto":
+        dtype = older
     folder = _local(path, kwargs)
     config = read_config(folder)
     verify(folder)
-    base_config = CONFIG_MAPPING[config.base_config["model_type"]].from_dict(config.base_config)
+    model_type = config.base_config["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        raise FactorMixError(
+            f"{str(folder / 'config.json')!r} was made of a {model_type!r} model, which transformers "
+            f"{transformers.__version__} does not know. Upgrade transformers."
+        )
+    new_sizes = kwargs.pop("ignore_mismatched_sizes", False)  # transformers' way to another number of labels
+    attention = {k: kwargs.pop(k) for k in ("attn_implementation",) if k in kwargs}  # checked by from_pretrained
+    base_config, kwargs = CONFIG_MAPPING[model_type].from_dict(config.base_config, return_unused_kwargs=True, **kwargs)
     base_config.factormix = config.factormix
     saved = _architecture(config.architecture, folder)
     base = saved if auto_class is None else _headed(auto_class, base_config)
     cls: Any = factormix_class(base)
     model, info = cls.from_pretrained(
         folder, config=base_config, dtype=dtype, device_map=device_map, output_loading_info=True,
-        use_safetensors=True, local_files_only=True, **kwargs,
+        use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True, **attention, **kwargs,
     )  # fmt: skip
-    _refuse_incomplete(info, folder, strict=base is saved)
+    _refuse_incomplete(info, folder, strict=base is saved and not new_sizes)
     return cast(PreTrainedModel, model.eval())
 
 
@@ -154,6 +170,10 @@ def read_config(folder: Path) -> FactorMixConfig:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise FactorMixError(f"{str(file)!r} is not JSON ({error}); the directory is damaged. Make it anew.") from error
+    if not isinstance(raw, dict):
+        raise FactorMixError(
+            f"{str(file)!r} holds a JSON {type(raw).__name__}, not an object; the directory is damaged."
+        )
     if raw.get("model_type") != "factormix":
         raise FactorMixError(
             f"{str(folder)!r} holds a {raw.get('model_type')!r} model, not a FactorMix one. Load it with transformers, "
@@ -179,8 +199,8 @@ def verify(folder: Path) -> None:
         FactorMixError: names the file that is missing or differs.
     """
     try:
-        hashes: dict[str, str] = json.loads((folder / HASHES).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        hashes: dict[str, str] = dict(json.loads((folder / HASHES).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
         raise FactorMixError(
             f"{str(folder / HASHES)!r} is missing or unreadable ({error}); cannot trust this directory."
         ) from error
@@ -206,13 +226,15 @@ def is_factormix(path: str | Path) -> bool:
 
 def _local(path: str | Path, kwargs: dict[str, Any]) -> Path:
     """The directory on disk; a hub name is fetched (safetensors and JSON only)."""
+    if kwargs.pop("use_safetensors", True) is False:
+        raise FactorMixError("a FactorMix directory holds safetensors only: leave use_safetensors out.")
+    options = {k: kwargs.pop(k) for k in ("revision", "cache_dir", "token", "local_files_only") if k in kwargs}
     if Path(path).is_dir():
         return Path(path)
     if str(path).count("/") != 1 or str(path).startswith((".", "/")):
         raise FactorMixError(f"model {str(path)!r} is not a directory here, and no hub name (owner/name) either.")
     from huggingface_hub import snapshot_download
 
-    options = {k: kwargs.pop(k) for k in ("revision", "cache_dir", "token") if k in kwargs}
     patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
     return Path(snapshot_download(str(path), allow_patterns=patterns, **options))
 
@@ -239,7 +261,9 @@ def _headed(auto_class: str, config: PretrainedConfig) -> type[PreTrainedModel]:
 def _refuse_incomplete(info: dict[str, Any], folder: Path, strict: bool) -> None:
     """Every tensor accounted for; with another head than the saved one, only the sparse FFNs' need be."""
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(n) for n in info.get(what) or [])
+        names = sorted(
+            n if isinstance(n, str) else f"{n[0]} {tuple(n[1])} for {tuple(n[2])}" for n in info.get(what) or []
+        )
         if not strict:
             parts = (".experts.", ".router.", ".shared.")
             names = [n for n in names if any(part in n for part in parts)]
@@ -248,6 +272,17 @@ def _refuse_incomplete(info: dict[str, Any], folder: Path, strict: bool) -> None
             raise FactorMixError(
                 f"{str(folder)!r}: {word}: {', '.join(names[:5])} ({len(names)} in all). The directory is damaged."
             )
+
+
+def _changes(config: FactorMixConfig) -> dict[str, Any]:
+    """What a caller of an Auto class asked for (num_labels=3, attn_implementation="eager"): Auto classes put such
+    arguments into the config they read, and hand on only the rest. `save` writes none of these fields itself."""
+    own = {"base_config", "architecture", "architectures", "factormix", "format_version", "dtype"}
+    plain, asked = FactorMixConfig().to_dict(), config.to_dict()
+    changed = {k: v for k, v in asked.items() if k not in own and not k.startswith("_") and plain.get(k) != v}
+    if config._attn_implementation is not None:
+        changed["attn_implementation"] = config._attn_implementation
+    return changed
 
 
 def _register() -> None:
@@ -261,12 +296,20 @@ def _register() -> None:
         def from_pretrained(
             cls: Any, path: Any, *args: Any, config: Any = None, _auto: str = auto_name, **kw: Any
         ) -> Any:
-            return load(path, auto_class=_auto, **kw)
+            kw.pop("trust_remote_code", None)  # there is none
+            return load(path, auto_class=_auto, **{**_changes(config), **kw})
+
+        def from_config(cls: Any, config: Any, **kw: Any) -> Any:
+            raise FactorMixError("a FactorMix model is not made from a config alone: use from_pretrained.")
 
         stub = type(
             f"FactorMix{auto_name}",
             (PreTrainedModel,),
-            {"config_class": FactorMixConfig, "from_pretrained": classmethod(from_pretrained)},
+            {
+                "config_class": FactorMixConfig,
+                "from_pretrained": classmethod(from_pretrained),
+                "_from_config": classmethod(from_config),
+            },
         )
         auto.register(FactorMixConfig, stub, exist_ok=True)
 
