@@ -12,7 +12,7 @@ SAMPLE = 4096  # tokens kept for the patterns
 
 
 class ActivationStats:
-    """Second moments of all neurons over all tokens, and an even sample of the FFN's inputs.
+    """Mean energy of all neurons over all tokens, and an even sample of the FFN's inputs.
 
     Attributes:
         weights: of the dense FFN.
@@ -24,7 +24,7 @@ class ActivationStats:
     def __init__(self, weights: FFNWeights, act: Activation, seed: int = 0, sample: int = SAMPLE) -> None:
         self.weights, self.act = weights, act
         self.tokens = 0
-        self._squares = torch.zeros(self.inner, dtype=torch.float64)
+        self._shares = torch.zeros(self.inner, dtype=torch.float64)
         self._generator = torch.Generator().manual_seed(seed)
         self._keys = torch.empty(0)
         self._sample = sample
@@ -42,12 +42,14 @@ class ActivationStats:
         Raises:
             FactorMixError: NaN or infinity among the neurons.
         """
-        squares = self.weights.neurons(x, self.act).float().square().sum(0).cpu()  # (I,)
-        if not bool(torch.isfinite(squares).all()):
+        share = (
+            _relative(self.weights.neurons(x, self.act).float().square() * self._down_squares()).sum(0).cpu()
+        )  # (I,)
+        if not bool(torch.isfinite(share).all()):
             raise FactorMixError(
                 "NaN or infinity among the neurons on the calibration text; check the model, or use --dtype float32."
             )
-        self._squares += squares
+        self._shares += share
         self.tokens += len(x)
         keys = torch.cat([self._keys, torch.rand(len(x), generator=self._generator)])  # n + T
         kept = keys.topk(min(self._sample, len(keys))).indices.sort().values  # the largest keys of all seen so far
@@ -58,17 +60,28 @@ class ActivationStats:
 
     @property
     def energy(self) -> Tensor:
-        """(I,) mean over tokens of a_j^2 |d_j|^2: what neuron j adds to the FFN's output."""
-        down = self.weights.down.float().square().sum(1).cpu()  # (I,)
-        return (self._squares / max(self.tokens, 1)).float() * down
+        """(I,) mean over tokens of neuron j's share of the token's energy, a_j^2 |d_j|^2 over its sum; sums to 1.
+
+        Shares rather than energies: a few tokens (BOS above all) have a thousand times the energy of the others.
+        """
+        return (self._shares / max(self.tokens, 1)).float()
 
     def sampled_energy(self) -> Tensor:
-        """(n, I) the same energy at each token of the sample."""
+        """(n, I) the same share at each token of the sample; rows sum to 1."""
         device, dtype = self.weights.up.device, self.weights.up.dtype
-        neurons = self.weights.neurons(self.sample.to(device, dtype), self.act).float().cpu()  # (n, I)
-        return neurons.square() * self.weights.down.float().square().sum(1).cpu()
+        neurons = self.weights.neurons(self.sample.to(device, dtype), self.act).float()  # (n, I)
+        return _relative(neurons.square() * self._down_squares()).cpu()
+
+    def _down_squares(self) -> Tensor:
+        """(I,) |d_j|^2."""
+        return self.weights.down.float().square().sum(1)
 
     def most_important(self, count: int) -> tuple[Tensor, Tensor]:
         """Indices of the `count` neurons with most energy, and of the others, both ascending."""
         order = self.energy.argsort(descending=True, stable=True)
         return order[:count].sort().values, order[count:].sort().values
+
+
+def _relative(energy: Tensor) -> Tensor:
+    """Each row (T, I) divided by its sum."""
+    return energy / energy.sum(1, keepdim=True).clamp_min(1e-30)

@@ -18,7 +18,8 @@ SOFT_TEMPERATURE = 1.0  # of pa-soft, in units of the gains' standard deviation
 def router_loss(method: str, scores: Tensor, labels: Labels) -> Tensor:
     """Mean over tokens of the loss of router scores z (T, R) against labels.
 
-    - ``bce``: each expert by itself, sigmoid(z_i) against 1 if it is in the label.
+    - ``bce``: each expert by itself, sigmoid(z_i) against 1 if it is in the label; an expert counts by how much is at
+      stake, its gain's distance from the gain that divides the K best from the others, to mean 1 a token.
     - ``pa``: KL(y || softmax(z)), y = label / K.
     - ``pa-soft``: the same with y = softmax(gain / tau).
     - ``paper``: as released, y = softmax(label), which is nearly uniform (.37 against .13 for 2 of 4).
@@ -26,7 +27,7 @@ def router_loss(method: str, scores: Tensor, labels: Labels) -> Tensor:
     Callers leave padding out of the rows.
     """
     if method == "bce":
-        return F.binary_cross_entropy_with_logits(scores, labels.chosen)
+        return F.binary_cross_entropy_with_logits(scores, labels.chosen, weight=_stakes(labels))
     if method == "pa":
         target = labels.chosen / labels.chosen.sum(1, keepdim=True)  # (T, R)
     elif method == "pa-soft":
@@ -35,6 +36,16 @@ def router_loss(method: str, scores: Tensor, labels: Labels) -> Tensor:
     else:
         target = labels.chosen.softmax(1)  # (T, R)
     return F.kl_div(scores.log_softmax(1), target, reduction="batchmean")
+
+
+def _stakes(labels: Labels) -> Tensor:
+    """(T, R) |gain - midpoint of the K-th and the next gain|, mean 1 in each row; 1 everywhere when K = R."""
+    active, routed = int(labels.chosen[0].sum()), labels.gain.shape[1]
+    if active == routed:
+        return torch.ones_like(labels.gain)
+    top = labels.gain.topk(active + 1, dim=1).values  # (T, K + 1)
+    away = (labels.gain - top[:, -2:].mean(1, keepdim=True)).abs()  # (T, R)
+    return away / away.mean(1, keepdim=True).clamp_min(1e-30)
 
 
 def load_balance(scores: Tensor, chosen: Tensor) -> Tensor:

@@ -22,10 +22,9 @@ ROUNDS = 8
 
 
 def coactivation(stats: ActivationStats, layout: Layout, generator: torch.Generator) -> Assignment:
-    """Shared neurons by energy; the others by the captured share of energy, each token's energy scaled to sum 1."""
+    """Shared neurons by energy; the others by the captured share of energy."""
     shared, routed = stats.most_important(layout.shared * layout.width(stats.inner))
-    energy = stats.sampled_energy()  # (n, I)
-    energy = energy[:, routed] / energy.sum(1, keepdim=True).clamp_min(1e-30)  # (n, N)
+    energy = stats.sampled_energy()[:, routed]  # (n, N)
     patterns = (energy / energy.mean(0).clamp_min(1e-30)).sqrt()  # (n, N)
     owner = balanced_kmeans(patterns.T, layout.routed, generator)  # (N,)
     best, picked = captured(energy, owner, layout)
