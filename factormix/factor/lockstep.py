@@ -174,7 +174,7 @@ def batches_of(model: Any, input_ids: Tensor, size: int) -> list[dict[str, Tenso
         if model.config.is_encoder_decoder:
             half = ids.shape[1] // 2
             found.append({"input_ids": ids[:, :half], "decoder_input_ids": ids[:, half:], "use_cache": False})
-        elif getattr(model.config, "is_decoder", False) or hasattr(model.config, "use_cache"):
+        elif getattr(model.config, "is_decoder", False) or hasattr(model.config.get_text_config(), "use_cache"):
             found.append({"input_ids": ids, "use_cache": False})
         else:
             found.append({"input_ids": ids})

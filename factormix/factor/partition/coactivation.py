@@ -23,7 +23,10 @@ ROUNDS = 8
 
 def coactivation(stats: ActivationStats, layout: Layout, generator: torch.Generator) -> Assignment:
     """Shared neurons by energy; the others by the captured share of energy."""
-    shared, routed = stats.most_important(layout.shared * layout.width(stats.inner))
+    width = layout.width(stats.inner)
+    shared, routed = stats.most_important(layout.shared * width)
+    if layout.routed == 0:
+        return Assignment(shared, routed.view(0, width))
     energy = stats.sampled_energy()[:, routed]  # (n, N)
     patterns = (energy / energy.mean(0).clamp_min(1e-30)).sqrt()  # (n, N)
     owner = balanced_kmeans(patterns.T, layout.routed, generator)  # (N,)
