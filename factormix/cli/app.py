@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from factormix.cli.bench import bench
+from factormix.cli.demo import demo
 from factormix.cli.eval import evaluate
 from factormix.cli.factor import factor
 from factormix.cli.generate import generate
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "bench": bench,
     "inspect": inspect,
     "validate": validate,
+    "demo": demo,
 }
 
 

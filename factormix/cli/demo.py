@@ -33,7 +33,7 @@ PROMPTS = (
     "What is the capital of France, and what is it known for?",
     "Explain in two sentences why the sky is blue.",
 )
-EVAL_TOKENS = 16_384
+EVAL_TOKENS, WINDOW = 16_384, 512
 HEAL_TOKENS = 120_000
 
 
@@ -89,7 +89,7 @@ def demo(
 
 
 def _text(path: Path, tokenizer: PreTrainedTokenizerBase) -> Packed:
-    return pack(read_documents([str(path)]).texts, tokenizer, tokens=EVAL_TOKENS, bos=True)
+    return pack(read_documents([str(path)]).texts, tokenizer, WINDOW, tokens=EVAL_TOKENS, bos=True)
 
 
 def _judge(

@@ -100,7 +100,8 @@ def test_foldoc_reads_entries_by_the_index(tmp_path: Path) -> None:
     data, index = "", ""
     for i in range(20):
         entry = f"entry {i}\n\n   <x> {'words ' * (50 if i else 2)}\n"
-        index += f"entry {i}\t{number(len(data))}\t{number(len(entry))}\nalias {i}\t{number(len(data))}\t{number(len(entry))}\n"
+        place = f"{number(len(data))}\t{number(len(entry))}"
+        index += f"entry {i}\t{place}\nalias {i}\t{place}\n"
         data += entry
     (tmp_path / "foldoc.index").write_text(index)
     (tmp_path / "foldoc.dict.dz").write_bytes(gzip.compress(data.encode()))

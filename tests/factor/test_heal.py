@@ -14,8 +14,8 @@ from factormix.factor.factorize import factorize, work_directory
 from factormix.factor.heal import HealingLoss, heal
 from factormix.run.workdir import WorkDirectory
 from factormix.train.loop import last_checkpoint
-from tests.families import tiny_model
 from tests.factor.test_factorize import QUICK, windows
+from tests.families import tiny_model
 
 STEPS = HealConfig(tokens=256, batch_tokens=64, lr=1e-3, save_steps=2)
 

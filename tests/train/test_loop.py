@@ -24,7 +24,8 @@ def next_token(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[s
 
 def test_two_processes_on_gloo_heal_one_model(tmp_path: Path) -> None:
     command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "tests/train/heal_script.py"), str(tmp_path),
     ]  # fmt: skip
     # accelerate's own switch for processes starts torchrun with --multi_gpu only; the variable makes them CPU ones
