@@ -26,6 +26,7 @@ from factormix.factor.factorize import factorize, work_directory
 from factormix.run.directory import check_output, output_directory, sha256
 from factormix.run.progress import say
 from factormix.run.record import RunRecord
+from factormix.train import bf16_pays
 
 CALIBRATION = "brown-train"
 TEXTS = ("brown-heldout", "handbook-test", "foldoc-test")  # the first is of the calibration's kind, the others foreign
@@ -99,8 +100,10 @@ def _judge(
     tokenizer: PreTrainedTokenizerBase,
     quiet: bool,
 ) -> dict[str, Evaluation]:
+    """Perplexities and agreement; in bfloat16 where the processor computes it natively, half the time of float32."""
     texts = {name: _text(files[name], tokenizer) for name in TEXTS}
-    return evaluate_for(models, dense, texts, in_domain=TEXTS[:1], quiet=quiet)
+    with torch.autocast(dense.device.type, torch.bfloat16, enabled=bf16_pays(dense.device)):
+        return evaluate_for(models, dense, texts, in_domain=TEXTS[:1], quiet=quiet)
 
 
 def _print(

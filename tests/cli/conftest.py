@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,25 @@ from factormix.cli import app
 from tests.cli.tiny import CUT, save_tiny, write_text
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums in one order: two runs of the same work are bit-equal."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """An empty working directory, no hub, one thread."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.delenv("FACTORMIX_TRACEBACK", raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +50,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def sparse(llama: Path, text: Path) -> Path:
     """The llama made sparse, once for all tests; they must not change it."""
     out = llama.parent / "sparse"
-    result = CliRunner().invoke(app, ["factor", str(llama), "-o", str(out), "--text", str(text), "--quiet", *CUT])
+    with one_thread():
+        result = CliRunner().invoke(app, ["factor", str(llama), "-o", str(out), "--text", str(text), "--quiet", *CUT])
     assert result.exit_code == 0, result.output
     return out
 
