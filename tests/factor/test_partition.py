@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import silu
 
+import factormix.factor.partition.coactivation  # noqa: F401
 from factormix.factor.activations import ActivationStats
 from factormix.factor.partition import PARTITIONS, Assignment
 from factormix.factor.partition.balanced import balanced_assignment, balanced_kmeans
@@ -17,6 +20,7 @@ from factormix.ffn import FFNWeights
 from factormix.nn import Layout
 from factormix.run.errors import FactorMixError
 
+coactivation = sys.modules["factormix.factor.partition.coactivation"]  # the package has a function of this name
 every_method = pytest.mark.parametrize("method", PARTITIONS)
 
 
@@ -164,6 +168,24 @@ def test_neurons_that_always_fire_are_shared(method: str) -> None:
     parts, tokens, owner = planted_activity(4, 4, loud=4)
     assignment = PARTITIONS[method](stats_of(parts, tokens), Layout(1, 1, 5), generator())
     assert assignment.shared.tolist() == [16, 17, 18, 19] and (owner[16:] == 4).all()
+
+
+def test_the_rounds_capture_more_than_the_clusters_they_start_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout, better = Layout(0, 2, 6), 0
+    for seed in range(8):
+        tokens = torch.randn(300, 6, generator=generator(seed))
+        stats = stats_of(random_weights(48, 6, gated=True, seed=seed), tokens)
+        shares = []
+        for rounds in (0, coactivation.ROUNDS):
+            with monkeypatch.context() as patch:
+                patch.setattr(coactivation, "ROUNDS", rounds)
+                found = PARTITIONS["coactivation"](stats, layout, generator(seed))
+            owner = torch.empty(48, dtype=torch.long)
+            owner[found.experts.flatten()] = torch.arange(6).repeat_interleave(8)
+            shares.append(coactivation.captured(stats.sampled_energy(), owner, layout)[0])
+        assert shares[1] >= shares[0] - 1e-6
+        better += shares[1] > shares[0] + 1e-4
+    assert better >= 4
 
 
 # balanced assignment
