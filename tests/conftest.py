@@ -1,4 +1,4 @@
-"""What all tests share: two torch threads, and downloads only on request."""
+"""What all tests share: one torch thread (so small a model makes a second one wait), and no downloads unasked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "download: fetches from package registries; needs --download")
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -21,6 +21,7 @@ from factormix.factor.labels import Labels, label, top_k_hot
 from factormix.factor.losses import router_loss
 from factormix.nn import SparseFFN
 from factormix.run.errors import FactorMixError
+from factormix.train import bf16_pays
 
 CHUNK = 2048  # tokens whose activations are held at once
 BATCH = 2048  # tokens of a step
@@ -123,9 +124,10 @@ def fit_steps(ffn: SparseFFN, x: Tensor, target: Tensor, config: FactorConfig, g
     groups = [{"params": others, "lr": config.fit_lr}, {"params": router, "lr": 3 * config.fit_lr}]
     optimiser = torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.fit_steps)
+    bf16 = bf16_pays(x.device)
     ffn.train()
     for batch in _batches(len(x), config.fit_steps, generator, x.device):
-        with torch.enable_grad(), torch.autocast(x.device.type, dtype=torch.bfloat16):
+        with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             loss = (ffn(x[batch]).float() - target[batch].float()).square().mean() / scale
             loss.backward()
         _refuse_nan(loss, "the layer fit")

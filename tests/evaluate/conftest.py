@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,15 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from factormix.data.packing import Packed
 from factormix.nn.sparse_ffn import SparseFFN
 from tests.evaluate.tiny import HEADS, HIDDEN, INNER, LAYERS, SPEC, VOCAB
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are so small that a second thread only waits for a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
