@@ -1,8 +1,9 @@
 """Save and load a FactorMix directory.
 
 What lies in it: ``config.json`` (model_type ``factormix``, the dense config whole under ``base_config``, the sparse
-sites), ``model*.safetensors``, the tokenizer and ``run.json`` where they were given, and ``hashes.json`` (SHA-256 of
-every other file).
+sites), ``model.factormix*.safetensors``, the tokenizer and ``run.json`` where they were given, and ``hashes.json``
+(SHA-256 of every other file). The weights are transformers' variant "factormix": a stock class named outright, which
+would make new FFNs for those it does not find, finds no weights at all.
 A directory is written beside its place and renamed into it; it loads with every tensor accounted for, or not at all.
 """
 
@@ -25,6 +26,7 @@ from factormix.run.errors import FactorMixError
 
 FORMAT_VERSION = 1
 HASHES = "hashes.json"
+VARIANT = "factormix"
 
 
 class FactorMixConfig(PretrainedConfig):
@@ -67,7 +69,8 @@ def save(
     Args:
         model: a FactorMix model.
         path: the directory. One that exists and is not empty is refused unless `overwrite`, or unless it is a
-            Trainer's ``checkpoint-N``, which Trainer fills in several steps.
+            Trainer's ``checkpoint-N``, which Trainer fills in several steps (and whose weights it looks for under
+            the plain name).
         tokenizer: saved beside the model.
         run: what made it, written as run.json (see `factormix.run.record`).
         kwargs: ``state_dict`` and ``max_shard_size`` go to transformers' save_pretrained; its other arguments
@@ -91,8 +94,9 @@ def save(
     if not writes:
         return
     dense = base_class(model)
-    with output_directory(path, overwrite or Path(path).name.startswith("checkpoint-")) as folder:
-        dense.save_pretrained(model, folder, **passed_on)
+    trainers = Path(path).name.startswith("checkpoint-")
+    with output_directory(path, overwrite or trainers) as folder:
+        dense.save_pretrained(model, folder, variant=None if trainers else VARIANT, **passed_on)
         model.config.architectures = [dense.__name__]
         base_config = model.config.to_dict()
         factormix = base_config.pop("factormix")
@@ -149,9 +153,10 @@ def load(
     saved = _architecture(config.architecture, folder)
     base = saved if auto_class is None else _headed(auto_class, base_config)
     cls: Any = factormix_class(base)
+    variant = VARIANT if any(VARIANT in file.name for file in folder.glob("model*")) else None
     model, info = cls.from_pretrained(
         folder, config=base_config, dtype=dtype, device_map=device_map, output_loading_info=True,
-        use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True, **attention, **kwargs,
+        variant=variant, use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True, **attention, **kwargs,
     )  # fmt: skip
     _refuse_incomplete(info, folder, strict=base is saved and not new_sizes)
     return cast(PreTrainedModel, model.eval())

@@ -25,7 +25,7 @@ from factormix.run.errors import FactorMixError
 from tests.families import tiny_model, tiny_output
 from tests.nn.sparse import sparsify, twins
 
-WEIGHTS = "model.safetensors"
+WEIGHTS = "model.factormix.safetensors"
 
 
 @pytest.fixture
@@ -64,9 +64,9 @@ def foreign(folder: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (truncate, r"model\.safetensors' was altered or truncated"),
-    "one bit": (flip_a_bit, r"model\.safetensors' was altered or truncated"),
-    "weights missing": (lambda f: (f / WEIGHTS).unlink(), r"model\.safetensors' is missing"),
+    "truncated": (truncate, r"model\.factormix\.safetensors' was altered or truncated"),
+    "one bit": (flip_a_bit, r"model\.factormix\.safetensors' was altered or truncated"),
+    "weights missing": (lambda f: (f / WEIGHTS).unlink(), r"model\.factormix\.safetensors' is missing"),
     "foreign weights": (foreign, r"other\.safetensors' is not listed in hashes\.json: a foreign weight file"),
     "config altered": (lambda f: edit(f, lambda c: c.update(x=1)), r"config\.json' was altered"),
     "config missing": (lambda f: (f / "config.json").unlink(), r"has no config\.json"),
@@ -246,8 +246,8 @@ def test_a_state_dict_of_ones_own(tmp_path: Path) -> None:
 def test_shards(tmp_path: Path) -> None:
     _, sparse = twins("llama")
     sparse.save_pretrained(tmp_path / "x", max_shard_size="40KB")
-    shards = sorted((tmp_path / "x").glob("model-*.safetensors"))
-    assert len(shards) > 1 and (tmp_path / "x" / "model.safetensors.index.json").is_file()
+    shards = sorted((tmp_path / "x").glob("model.factormix-*.safetensors"))
+    assert len(shards) > 1 and (tmp_path / "x" / "model.safetensors.index.factormix.json").is_file()
     assert torch.allclose(tiny_output(load(tmp_path / "x")), tiny_output(sparse), rtol=1e-5, atol=1e-6)
     shards[0].unlink()
     with pytest.raises(FactorMixError, match=f"{shards[0].name}' is missing"):

@@ -25,7 +25,7 @@ from factormix.train import bf16_pays
 
 CHUNK = 2048  # tokens whose activations are held at once
 BATCH = 2048  # tokens of a step
-HELD_OUT = 16  # every 16th token judges the fit and is not fitted
+HELD_OUT = 16  # one token in 16 judges the fit and is not fitted; at random, or every BOS might be among them
 
 
 @dataclass
@@ -63,9 +63,8 @@ def fit_site(ffn: SparseFFN, x: Tensor, target: Tensor, config: FactorConfig, re
     """
     if not bool(torch.isfinite(target).all()):
         raise FactorMixError(f"NaN or infinity in the dense output of site {report.site} on the calibration text.")
-    judged = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    judged[::HELD_OUT] = True
     generator = torch.Generator().manual_seed(config.seed + report.site)
+    judged = (torch.randint(HELD_OUT, (len(x),), generator=generator) == 0).to(x.device)  # (T,)
     if ffn.router is not None:
         labels = label_tokens(ffn, x, target, config.label)
         fit_router(ffn, x[~judged], _rows(labels, ~judged), config, generator)

@@ -103,10 +103,10 @@ def test_a_sparse_model_is_not_factored_again(refused: Refused, sparse: Path, te
 def test_a_truncated_checkpoint_is_named(refused: Refused, request: pytest.FixtureRequest, what: str) -> None:
     origin = request.getfixturevalue("sparse" if what == "sparse" else "llama")
     shutil.copytree(origin, "cut")
-    weights = Path("cut/model.safetensors")
+    (weights,) = Path("cut").glob("model*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1000])
     message = refused("generate", "cut", "w1")
-    assert "cut/model.safetensors" in message and "truncated" in message
+    assert str(weights) in message and "truncated" in message
 
 
 def test_a_missing_weight_is_not_made_up(refused: Refused, llama: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_recipe_is_the_flags(run: Run, llama: Path, text: Path) -> None:
     assert "I = 64 = 4 slices of 16" in said
     Path("v.yaml").write_text(said, encoding="utf-8")
     run("factor", "--recipe", "v.yaml", "-o", "resolved", "--tokens", 1024)
-    digests = {sha256(f"{out}/model.safetensors") for out in ("flags", "recipe", "resolved")}
+    digests = {sha256(f"{out}/model.factormix.safetensors") for out in ("flags", "recipe", "resolved")}
     assert len(digests) == 1
     assert read("v.json")["recipe"] == yaml.safe_load(said)
 

@@ -72,7 +72,7 @@ def test_killed_and_resumed(model: Path, tmp_path: Path) -> None:
     stderr = finish(command(model, text, "killed"))
     assert f"resuming: {done} FFNs are done" in stderr and not Path("killed.work").exists()
     assert "resuming" not in finish(command(model, text, "whole"))
-    assert sha256("killed/model.safetensors") == sha256("whole/model.safetensors")
+    assert sha256("killed/model.factormix.safetensors") == sha256("whole/model.factormix.safetensors")
     assert not list(tmp_path.glob(".*"))  # no temporary folder either
 
 
@@ -84,4 +84,4 @@ def test_overwrite_resumes_its_own_work(model: Path, tmp_path: Path) -> None:
     kill_after(start(words), Path("out.work/site-000.json"))
     assert Path("out/old.txt").read_text(encoding="utf-8") == "old"
     assert "resuming" in finish(words)
-    assert Path("out/model.safetensors").is_file() and not Path("out/old.txt").exists()
+    assert Path("out/model.factormix.safetensors").is_file() and not Path("out/old.txt").exists()

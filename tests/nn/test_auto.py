@@ -134,11 +134,7 @@ def test_stock_transformers_refuses(auto: str, tmp_path: Path) -> None:
     assert done.returncode != 0 and "model type `factormix`" in done.stderr
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="transformers 5 finds the llama config nested under base_config and makes new FFNs with only a report; "
-    "a weight file that stock loaders do not look for (variant=) would refuse",
-)
 def test_a_stock_class_named_outright_refuses(tmp_path: Path) -> None:
     _, folder = saved("llama", tmp_path)
-    assert stock("hf.LlamaForCausalLM.from_pretrained(folder)", folder).returncode != 0
+    done = stock("hf.LlamaForCausalLM.from_pretrained(folder)", folder)
+    assert done.returncode != 0 and "no file named model.safetensors" in done.stderr
