@@ -156,7 +156,8 @@ def load(
     variant = VARIANT if any(VARIANT in file.name for file in folder.glob("model*")) else None
     model, info = cls.from_pretrained(
         folder, config=base_config, dtype=dtype, device_map=device_map, output_loading_info=True,
-        variant=variant, use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True, **attention, **kwargs,
+        variant=variant, use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True,
+        **attention, **kwargs,
     )  # fmt: skip
     _refuse_incomplete(info, folder, strict=base is saved and not new_sizes)
     return cast(PreTrainedModel, model.eval())

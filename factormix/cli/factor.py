@@ -187,7 +187,7 @@ def _trained(sparse: PreTrainedModel, config: FactorConfig) -> int:
     names: tuple[str, ...] = ("router.",)
     if config.layer_fit:
         names += ("shared.down_proj", "experts.down_proj")
-    if config.heal.tokens or (config.layer_fit and config.fit_steps):
+    if config.heal.tokens or (config.layer_fit and config.fit_passes):
         names = ("",)
     ffns: list[SparseFFN] = list(sparse.sparse_ffns().values())  # type: ignore[operator]
     return sum(p.numel() for ffn in ffns for name, p in ffn.named_parameters() if name.startswith(names))

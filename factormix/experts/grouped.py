@@ -17,6 +17,8 @@ def grouped(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: PackedExpe
     The sum over a token's experts runs in the order of the expert index, whatever the batch.
     """
     k = chosen.shape[1]
+    if torch.is_grad_enabled():
+        experts = experts.unstacked(x.dtype)
     order = chosen.flatten().argsort(stable=True)  # (T*K,) token-expert pairs, sorted by expert
     token = order // k  # (T*K,)
     counts = torch.bincount(chosen.flatten(), minlength=len(experts.up)).tolist()  # R numbers
@@ -27,7 +29,7 @@ def grouped(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: PackedExpe
         if count == 0:
             continue
         rows = token[start : start + count]  # (N,)
-        y = experts.run(i, x[rows])  # (N, H)
+        y = experts.run(i, x.index_select(0, rows))  # (N, H)
         if flat_scale is not None:
             y = y * flat_scale[start : start + count]
         out.index_add_(0, rows, y)

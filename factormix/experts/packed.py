@@ -7,7 +7,7 @@ rows and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,15 +19,15 @@ class PackedExperts:
     """Views of a module's own parameters; nothing here owns memory.
 
     Attributes:
-        up: (R, 2W, H), gate rows first then up rows, when `gated`; else (R, W, H).
-        down: (R, H, W).
+        up: (R, 2W, H), gate rows first then up rows, when `gated`; else (R, W, H). Or its R matrices.
+        down: (R, H, W). Or its R matrices.
         up_bias: (R, 2W) or (R, W), or None.
         activation: a key of transformers' ``ACT2FN``.
         gated: act(gate) * up rather than act(up).
     """
 
-    up: Tensor
-    down: Tensor
+    up: Tensor | tuple[Tensor, ...]
+    down: Tensor | tuple[Tensor, ...]
     up_bias: Tensor | None
     activation: str
     gated: bool
@@ -36,6 +36,11 @@ class PackedExperts:
     def act(self) -> Callable[[Tensor], Tensor]:
         """The activation function, (..., W) -> (..., W)."""
         return activation(self.activation)
+
+    def unstacked(self, dtype: torch.dtype) -> PackedExperts:
+        """The same as R matrices, for training: each index into a stack has a backward as large as the stack."""
+        assert isinstance(self.up, Tensor) and isinstance(self.down, Tensor)
+        return replace(self, up=self.up.to(dtype).unbind(0), down=self.down.to(dtype).unbind(0))
 
     def neurons(self, projected: Tensor) -> Tensor:
         """Post-activation neurons from the up projection's output, (..., 2W or W) -> (..., W)."""

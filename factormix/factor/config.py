@@ -53,11 +53,13 @@ class FactorConfig(Config):
         "hard", help="chosen outputs times 1, E/K, or the score's sigmoid", choices=("hard", "paper", "soft")
     )
     layer_fit: bool = option(True, help="fit each sparse FFN to its dense output, layer by layer")
-    ridge: float = option(0.05, help="layer fit: pull of the down projection towards its old values", minimum=0)
-    fit_steps: int = option(
-        0, help="layer fit: gradient steps on all weights of the FFN before the closed form", minimum=0
+    fit_passes: float = option(
+        5.0, help="layer fit: passes over the calibration text with gradient steps on all weights of the FFN", minimum=0
     )
-    fit_lr: float = option(1e-3, help="layer fit: peak learning rate of those steps", minimum=0)
+    fit_lr: float = option(0.015, help="layer fit: peak rate of those steps, in units of a weight's RMS", minimum=0)
+    ridge: float = option(
+        1.0, help="layer fit: pull of the closed form's down projection towards its old values", minimum=0
+    )
     router_steps: int = option(150, help="steps of 2,048 tokens to fit each router", minimum=1)
     router_lr: float = option(1e-2, help="peak learning rate of the router's fit", minimum=0)
     layers: list[int] | None = option(None, help="factor only these layers; all by default")

@@ -26,7 +26,7 @@ from factormix.factor.config import FactorConfig
 from factormix.factor.fit import SiteReport, fit_site
 from factormix.factor.heal import heal
 from factormix.factor.lockstep import Lockstep, batches_of
-from factormix.factor.partition import PARTITIONS
+from factormix.factor.partition import BLIND, PARTITIONS
 from factormix.ffn import FFNSite, find_sites, isolate, weights
 from factormix.nn import FactorMixMixin, SparseFFN, adopt
 from factormix.run.errors import FactorMixError
@@ -123,7 +123,7 @@ def _factor_site(
         target = torch.cat([steps.dense(site)(rows) for rows in x.split(4096)])  # (T, H)
     dense_weights = steps.weights(site)
     stats = ActivationStats(dense_weights, site.act(), seed=config.seed + site.index)
-    for rows in x.split(4096):
+    for rows in () if config.partition in BLIND else x.split(4096):
         stats.update(rows)
     generator = torch.Generator().manual_seed(config.seed + site.index)
     assignment = PARTITIONS[config.partition](stats, config.cut, generator)

@@ -3,9 +3,13 @@
 No gradient crosses the site, so the model stays "unhealed". Three parts, each reported:
 
     router   steps on the router loss
-    steps    (optional) a few gradient steps on all weights of the sparse FFN, the router by the straight-through gate
+    weights  gradient steps on all weights of the sparse FFN, the router by the straight-through gate
     ridge    closed form: with up projections and routing fixed, the output is linear in the down projection D, so
-             D = argmin sum_t |F(x_t) - D z_t|^2 + lambda * sum_j G_jj |d_j - d_j0|^2,   G = sum_t z_t z_t^T
+             D = argmin sum_t |F(x_t) - D z_t|^2 + lambda * sum_j p_j |d_j - d_j0|^2,
+             p_j = sum_t z_tj^2 * min(1, MASSIVE * median |F|^2 / |F(x_t)|^2)
+
+A few tokens, BOS above all, have states a thousand times larger, which later layers attend to when nothing else
+matters. p leaves them out of the pull, so that they are fitted all but exactly.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ from factormix.train import bf16_pays
 
 CHUNK = 2048  # tokens whose activations are held at once
 BATCH = 2048  # tokens of a step
+FLOOR = 0.3
+MASSIVE = 4.0
 HELD_OUT = 16  # one token in 16 judges the fit and is not fitted; at random, or every BOS might be among them
 
 
@@ -70,9 +76,9 @@ def fit_site(ffn: SparseFFN, x: Tensor, target: Tensor, config: FactorConfig, re
         fit_router(ffn, x[~judged], _rows(labels, ~judged), config, generator)
         _report_routing(ffn, x[judged], _rows(labels, judged), report)
     report.error_before = relative_error(ffn, x[judged], target[judged])
-    if config.layer_fit:
-        if config.fit_steps:
-            fit_steps(ffn, x[~judged], target[~judged], config, generator)
+    if config.layer_fit and ffn.spec.active < ffn.spec.layout.routed:  # else it is the dense FFN
+        if config.fit_passes:
+            fit_weights(ffn, x[~judged], target[~judged], config, generator)
         fit_down(ffn, x[~judged], target[~judged], config.ridge)
     report.error_after = relative_error(ffn, x[judged], target[judged])
     if ffn.router is not None:
@@ -85,10 +91,12 @@ def label_tokens(ffn: SparseFFN, x: Tensor, target: Tensor, method: str) -> Labe
     assert ffn.experts is not None
     packed, active = ffn.experts.packed(), ffn.spec.active
     chosen, gain = [], []
+    bf16 = bf16_pays(x.device)
     for xs, fs in zip(x.split(CHUNK), target.split(CHUNK), strict=True):
         rest = fs if ffn.bias is None else fs - ffn.bias
-        rest = rest if ffn.shared is None else rest - ffn.shared(xs)  # (C, H)
-        outputs = torch.stack([packed.run(i, xs) for i in range(len(packed.up))], dim=1)  # (C, R, H)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            rest = rest if ffn.shared is None else rest - ffn.shared(xs)  # (C, H)
+            outputs = torch.stack([packed.run(i, xs) for i in range(len(packed.up))], dim=1)  # (C, R, H)
         found = label(method, outputs.float(), rest.float(), active)
         chosen.append(found.chosen)
         gain.append(found.gain)
@@ -115,25 +123,31 @@ def fit_router(ffn: SparseFFN, x: Tensor, labels: Labels, config: FactorConfig, 
         ffn.router.weight.copy_(weight / spread)
 
 
-def fit_steps(ffn: SparseFFN, x: Tensor, target: Tensor, config: FactorConfig, generator: torch.Generator) -> None:
-    """Adam on |F - y|^2 over all weights of the FFN, bfloat16 products where the device has them."""
-    scale = target.float().square().mean().clamp_min(1e-30)
-    router = [] if ffn.router is None else [ffn.router.weight]
-    others = [p for p in ffn.parameters() if all(p is not r for r in router)]
-    groups = [{"params": others, "lr": config.fit_lr}, {"params": router, "lr": 3 * config.fit_lr}]
-    optimiser = torch.optim.Adam([g for g in groups if g["params"]], betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.fit_steps)
-    bf16 = bf16_pays(x.device)
-    ffn.train()
-    for batch in _batches(len(x), config.fit_steps, generator, x.device):
-        with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            loss = (ffn(x[batch]).float() - target[batch].float()).square().mean() / scale
+def fit_weights(ffn: SparseFFN, x: Tensor, target: Tensor, config: FactorConfig, generator: torch.Generator) -> None:
+    """Adam on the mean over tokens of |F - y|^2 / (|F|^2 + c), over all weights; c is FLOOR of the median |F|^2.
+
+    Relative errors, as a layer's error matters relative to the token's state: those of massive tokens would drown the
+    others, and the closed form sees to them. Rates are fractions of each tensor's own root mean square, which differs
+    by 4 between families. Float32 weights, bfloat16 products where the device has them.
+    """
+    dtype = next(ffn.parameters()).dtype
+    ffn.float().train()
+    weighing = _squares(target)  # (T,)
+    weighing = (weighing + FLOOR * weighing.median()).clamp_min(1e-30)
+    steps = max(1, round(config.fit_passes * len(x) / BATCH))
+    groups = [{"params": [p], "lr": config.fit_lr * float(p.detach().square().mean().sqrt())} for p in ffn.parameters()]
+    optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    for batch in _batches(len(x), steps, generator, x.device):
+        with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16_pays(x.device)):
+            missed = target[batch].float() - ffn(x[batch].float()).float()  # (B, H)
+            loss = (_squares(missed) / weighing[batch]).mean()
             loss.backward()
         _refuse_nan(loss, "the layer fit")
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)
-    ffn.eval()
+    ffn.to(dtype).eval()
 
 
 @torch.no_grad()
@@ -142,14 +156,17 @@ def fit_down(ffn: SparseFFN, x: Tensor, target: Tensor, ridge: float) -> None:
     old = _down(ffn)  # (I, H)
     gram = torch.zeros(len(old), len(old), device=x.device)  # (I, I)
     moment = torch.zeros_like(old)  # (I, H)
+    prior = torch.zeros(len(old), device=x.device)  # (I,)
+    median = _squares(target).median()
     for xs, fs in zip(x.split(CHUNK), target.split(CHUNK), strict=True):
         z = active_neurons(ffn, xs)  # (C, I)
         left = fs.float() if ffn.bias is None else fs.float() - ffn.bias.float()
         gram += z.T @ z
         moment += z.T @ (left - z @ old)  # what the old projection leaves
-    diagonal = gram.diagonal().clamp_min(1e-6 * gram.diagonal().mean())
-    gram.diagonal().copy_(diagonal * (1 + ridge))
-    scale = diagonal.rsqrt()  # unit diagonal: a well-conditioned system for the Cholesky factor
+        massive = _squares(fs) / (MASSIVE * median).clamp_min(1e-30)  # (C,)
+        prior += (z.square() / massive.clamp_min(1).unsqueeze(-1)).sum(0)
+    gram.diagonal().add_(ridge * prior + 1e-6 * prior.mean().clamp_min(1e-30))
+    scale = gram.diagonal().rsqrt()  # unit diagonal: a well-conditioned system for the Cholesky factor
     factor = torch.linalg.cholesky((gram * scale[:, None] * scale).double())
     change = torch.cholesky_solve((moment * scale[:, None]).double(), factor).float() * scale[:, None]
     _set_down(ffn, old + change)
@@ -204,13 +221,18 @@ def _batches(tokens: int, steps: int, generator: torch.Generator, device: torch.
         yield torch.randint(tokens, (min(BATCH, tokens),), generator=generator).to(device)
 
 
+def _squares(x: Tensor) -> Tensor:
+    """|x_t|^2 of each row: (T, H) -> (T,) float32."""
+    return x.float().square().sum(-1)
+
+
 def _rows(labels: Labels, rows: Tensor) -> Labels:
     return Labels(labels.chosen[rows], labels.gain[rows])
 
 
 def _refuse_nan(loss: Tensor, where: str) -> None:
     if not bool(torch.isfinite(loss)):
-        raise FactorMixError(f"the loss of {where} became {float(loss)}; lower its learning rate.")
+        raise FactorMixError(f"the loss of {where} became {float(loss.detach())}; lower its learning rate.")
 
 
 @torch.no_grad()

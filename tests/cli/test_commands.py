@@ -171,7 +171,7 @@ def test_every_option_of_the_config_is_a_flag(run: Run) -> None:
         "--layout",
         "--layer-fit / --no-layer-fit",
         "--router-loss",
-        "--fit-steps",
+        "--fit-passes",
         "--heal-lr",
         "--max-minutes",
     ):

@@ -81,7 +81,7 @@ def test_layers_are_chosen() -> None:
 def test_layer_fit_lowers_the_error_on_tokens_it_did_not_see() -> None:
     sites = {}
     for fit in (False, True):
-        config = FactorConfig.parse("S1A1E4", layer_fit=fit, router_steps=60, fit_steps=0)
+        config = FactorConfig.parse("S1A1E4", layer_fit=fit, router_steps=60, fit_passes=0)
         sparse = factorize(tiny_model("llama"), config, windows(128), quiet=True)
         sites[fit] = sparse.config.factormix["made_by"]["sites"][0]
     assert sites[True]["error_after"] < sites[True]["error_before"]

@@ -23,4 +23,7 @@ PARTITIONS: dict[str, Partition] = {
     "contiguous": contiguous,
 }
 
-__all__ = ["PARTITIONS", "Assignment", "Partition"]
+BLIND = ("random", "contiguous")
+"""Methods that look at no statistics, which then need not be computed."""
+
+__all__ = ["BLIND", "PARTITIONS", "Assignment", "Partition"]
