@@ -43,7 +43,7 @@ class _Runner:
         self._mine.acquire()
         try:
             if not self.abandoned:
-                torch.set_num_threads(threads)  # a new thread starts with the default, not with the caller's setting
+                torch.set_num_threads(threads)  # in older torch a new thread starts with the default
                 with torch.no_grad():
                     forward()
         except _Abandoned:
