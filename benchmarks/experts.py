@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -34,6 +35,12 @@ def median_us(calls: list[Callable[[], object]]) -> float:
             if round_:
                 times.append(time.perf_counter() - started)
     return 1e6 * statistics.median(times)
+
+
+def dense_ffn(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """x (T, H), up (2I, H), down (H, I) -> (T, H)."""
+    gate, value = F.linear(x, up).chunk(2, dim=-1)  # (T, I) each
+    return F.linear(F.silu(gate) * value, down)
 
 
 @torch.no_grad()
@@ -60,14 +67,10 @@ def main(hidden: int = 576, inner: int = 1536, layout: str = "S4A4E16") -> None:
             x = torch.randn(tokens, hidden).to(dtype)
             chosen = torch.rand(tokens, cut.routed).topk(cut.active, dim=1).indices  # (T, K)
 
-            def run_dense(up: torch.Tensor, down: torch.Tensor, x: torch.Tensor = x) -> torch.Tensor:
-                gate, value = F.linear(x, up).chunk(2, dim=-1)
-                return F.linear(F.silu(gate) * value, down)
-
             row = [
-                median_us([lambda w=w: run_dense(*w) for w in dense]),
-                median_us([lambda p=p: tokenwise(x, chosen, None, p) for p in packs]),
-                median_us([lambda p=p: grouped(x, chosen, None, p) for p in packs]),
+                median_us([partial(dense_ffn, x, *w) for w in dense]),
+                median_us([partial(tokenwise, x, chosen, None, p) for p in packs]),
+                median_us([partial(grouped, x, chosen, None, p) for p in packs]),
             ]
             print(f"{str(dtype)[6:]:<10}{tokens:>7}{row[0]:>10.0f}{row[1]:>11.0f}{row[2]:>10.0f}")
 
