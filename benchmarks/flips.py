@@ -45,10 +45,8 @@ def routing(model: PreTrainedModel, ids: Tensor, pad: int = 0) -> tuple[Tensor, 
 def compare(name: str, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> None:
     differ = (one[0] != other[0]).any(-1)  # (sites, N, L)
     ties = differ & (one[1] < NEAR_TIE)
-    pairs = differ.numel()
-    print(
-        f"{name:<36} {int(differ.sum()):>6} of {pairs} pairs ({float(differ.float().mean()):.2e}), {int(ties.sum())} near-ties"
-    )
+    count, pairs = int(differ.sum()), differ.numel()
+    print(f"{name:<48}{count:>6} of {pairs} pairs ({count / pairs:.2e}), {int(ties.sum())} of them near-ties")
 
 
 def main(model_path: str, text: str) -> None:
