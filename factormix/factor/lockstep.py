@@ -1,21 +1,21 @@
 """Lockstep: the model's own forward over every calibration batch, all of them halted at the same FFN.
 
 Layer-wise fitting needs the inputs of FFN i at the student's own states, that is after FFNs 0..i-1 were replaced. So
-each batch's forward runs in a thread of its own; at a site it deposits the FFN's input and waits. When all wait, the
-caller fits and replaces that FFN, and lets them run on with the new one to the next site. Any architecture works,
-encoder-decoders too, and the whole calibration costs one forward. One thread runs at a time.
+each batch's forward runs in a coroutine of its own (a greenlet: it can halt amid any model's code); at a site it
+deposits the FFN's input and waits. When all wait, the caller fits and replaces that FFN, and lets them run on with the
+new one to the next site. Any architecture works, encoder-decoders too; the whole calibration costs one forward.
 
 Memory: the live states of every batch, about 12 H bytes a token in float32.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, cast
 
 import torch
+from greenlet import greenlet
 from torch import Tensor, nn
 
 from factormix.ffn import FFNSite, FFNWeights, swap, weights
@@ -23,57 +23,45 @@ from factormix.ffn import FFNSite, FFNWeights, swap, weights
 Batch = Mapping[str, Tensor]
 
 
-class _Abandoned(BaseException):
-    """Raised inside a halted forward that nobody needs any more."""
-
-
 class _Runner:
-    """One batch's forward in a thread; the baton (two semaphores) says whether it or the caller runs."""
+    """One batch's forward in a greenlet: it runs when resumed, and stands still between two FFNs.
+
+    Greenlets share the caller's thread, and with it torch's workers; but also torch's grad mode, which is thus put
+    right at each switch.
+    """
 
     def __init__(self, forward: Callable[[], object]) -> None:
         self.input: Tensor | None = None
         self.output: Tensor | None = None
-        self.error: BaseException | None = None
-        self.abandoned = False
-        self._mine, self._callers = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._run, args=(forward, torch.get_num_threads()), daemon=True)
-        self._thread.start()
+        self._greenlet = greenlet(self._run)
+        self._forward = forward
 
-    def _run(self, forward: Callable[[], object], threads: int) -> None:
-        self._mine.acquire()
-        try:
-            if not self.abandoned:
-                torch.set_num_threads(threads)  # in older torch a new thread starts with the default
-                with torch.no_grad():
-                    forward()
-        except _Abandoned:
-            pass
-        except BaseException as error:  # handed to the caller, who raises it
-            self.error = error
-        self._callers.release()
+    @torch.no_grad()
+    def _run(self) -> None:
+        self._forward()
 
     def resume(self) -> None:
-        """Let it run to its next halt, or to its end."""
-        self._mine.release()
-        self._callers.acquire()
-        if self.error is not None:
-            raise self.error
+        """Let it run to its next halt, or to its end. What the forward raises, this raises."""
+        grad = torch.is_grad_enabled()
+        try:
+            self._greenlet.switch()
+        finally:
+            torch.set_grad_enabled(grad)
 
     def halt(self, x: Tensor) -> Tensor:
-        """Called by its own thread at a site: hand over x, wait, and return what the caller left as output."""
+        """Called by the forward at a site: hand over x, wait, and return what the caller left as output."""
         self.input = x
-        self._callers.release()
-        self._mine.acquire()
-        if self.abandoned:
-            raise _Abandoned
+        self._greenlet.parent.switch()
+        torch.set_grad_enabled(False)
         output, self.output = self.output, None
         assert output is not None
         return output
 
     def abandon(self) -> None:
-        self.abandoned = True
-        self._mine.release()
-        self._thread.join()
+        """End a forward that nobody needs any more, wherever it stands."""
+        grad = torch.is_grad_enabled()
+        self._greenlet.throw()
+        torch.set_grad_enabled(grad)
 
 
 class _Halt(nn.Module):
