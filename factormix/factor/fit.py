@@ -30,6 +30,7 @@ from factormix.train import bf16_pays
 CHUNK = 2048  # tokens whose activations are held at once
 BATCH = 2048  # tokens of a step
 FLOOR = 0.3
+ROUTER_RATE = 0.05
 MASSIVE = 4.0
 HELD_OUT = 16  # one token in 16 judges the fit and is not fitted; at random, or every BOS might be among them
 
@@ -128,14 +129,18 @@ def fit_weights(ffn: SparseFFN, x: Tensor, target: Tensor, config: FactorConfig,
 
     Relative errors, as a layer's error matters relative to the token's state: those of massive tokens would drown the
     others, and the closed form sees to them. Rates are fractions of each tensor's own root mean square, which differs
-    by 4 between families. Float32 weights, bfloat16 products where the device has them.
+    by 4 between families; the router's is ROUTER_RATE of that, for its gradient says little of experts not chosen: at
+    the full rate it unlearns its labels. Float32 weights, bfloat16 products where the device has them.
     """
     dtype = next(ffn.parameters()).dtype
     ffn.float().train()
     weighing = _squares(target)  # (T,)
     weighing = (weighing + FLOOR * weighing.median()).clamp_min(1e-30)
     steps = max(1, round(config.fit_passes * len(x) / BATCH))
-    groups = [{"params": [p], "lr": config.fit_lr * float(p.detach().square().mean().sqrt())} for p in ffn.parameters()]
+    groups = [
+        {"params": [p], "lr": config.fit_lr * _rms(p) * (ROUTER_RATE if name.startswith("router.") else 1)}
+        for name, p in ffn.named_parameters()
+    ]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     for batch in _batches(len(x), steps, generator, x.device):
@@ -219,6 +224,10 @@ def _batches(tokens: int, steps: int, generator: torch.Generator, device: torch.
     """Random rows, BATCH a step."""
     for _ in range(steps):
         yield torch.randint(tokens, (min(BATCH, tokens),), generator=generator).to(device)
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.detach().float().square().mean().sqrt())
 
 
 def _squares(x: Tensor) -> Tensor:
