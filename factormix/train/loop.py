@@ -174,6 +174,7 @@ def train(
         use_cpu=device.type == "cpu", report_to="none", logging_strategy="no", disable_tqdm=True,
         remove_unused_columns=False, dataloader_pin_memory=False,
     )  # fmt: skip
+    forward_before = {k: v for k, v in model.__dict__.items() if k == "forward"}  # of a device map's hooks
     was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     groups = _freeze_others(model, learning_rates, config.weight_decay)
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95))
@@ -188,6 +189,8 @@ def train(
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     finally:
+        model.__dict__.pop("forward", None)  # accelerate's: the former one in autocast, and it would stay
+        model.__dict__.update(forward_before)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(was_trainable[name])
             parameter.grad = None

@@ -74,3 +74,14 @@ def test_an_unknown_name_and_too_few_tokens_are_refused(tmp_path: Path) -> None:
         train(model, windows(), next_token, {"no.such": 1e-3}, LoopConfig(tokens=4096), tmp_path, quiet=True)
     with pytest.raises(FactorMixError, match="less than one step"):
         train(model, windows(), next_token, {"lm_head.weight": 1e-3}, LoopConfig(tokens=16), tmp_path, quiet=True)
+
+
+def test_mixed_precision_ends_with_the_training(tmp_path: Path) -> None:
+    """accelerate's autocast stayed around the forward: a healed model then decoded in bfloat16, and slowly."""
+    model = tiny_model("llama")
+    ids = torch.arange(3, 11).unsqueeze(0)
+    config = LoopConfig(tokens=256, batch_tokens=128, bf16=True)
+    train(model, windows(), next_token, {"lm_head.weight": 0.0}, config, tmp_path, quiet=True)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, tiny_model("llama")(ids).logits)
+    assert "forward" not in model.__dict__
