@@ -34,8 +34,13 @@ def test_factor(run: Run, llama: Path, text: Path) -> None:
 
     model = factormix.load("out")
     assert result["metrics"]["parameters"] == model.num_parameters() and f"{model.num_parameters():,}" in said
+    assert result["params_trained"] == sum(p.numel() for f in model.sparse_ffns().values() for p in f.parameters())
+
+    run("factor", llama, "-o", "closed", "--text", text, "--json", "out.json", "--fit-passes", 0, *CUT)
     names = ("router.weight", "shared.down_proj.weight", "experts.down_proj")
-    assert result["params_trained"] == sum(p.numel() for n, p in model.named_parameters() if n.endswith(names))
+    assert read("out.json")["params_trained"] == sum(
+        p.numel() for n, p in model.named_parameters() if n.endswith(names)
+    )
     assert f"factormix eval out --against {llama}" in said
     assert not Path("out.work").exists()
 
