@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from factormix.experts import PackedExperts, run_experts
+from factormix.experts import PackedExperts, native, run_experts
 from factormix.nn.layout import Layout
 from factormix.nn.router import Router
 from factormix.run.errors import choose
@@ -73,6 +73,13 @@ class SharedNeurons(nn.Module):
         """x (T, H) -> (T, H)."""
         return cast(Tensor, self.down_proj(self.neurons(x)))
 
+    def packed(self) -> PackedExperts:
+        """The same weights as one expert that every token has chosen; no copy."""
+        up, down, bias = self.up_proj.weight, self.down_proj.weight, self.up_proj.bias
+        return PackedExperts(
+            up.unsqueeze(0), down.unsqueeze(0), None if bias is None else bias.unsqueeze(0), self.activation, self.gated
+        )
+
     def neurons(self, x: Tensor) -> Tensor:
         """Post-activation neurons, (T, H) -> (T, S * W)."""
         view = PackedExperts(self.up_proj.weight, self.down_proj.weight, None, self.activation, self.gated)
@@ -108,6 +115,18 @@ class RoutedExperts(nn.Module):
         return run_experts(x, chosen, scale, packed)
 
 
+def _untouched(part: nn.Module | None) -> bool:
+    """True for a part as it was made, whose weights alone say what it computes."""
+    if part is None:
+        return True
+    inner = list(part.children())
+    return (
+        type(part) in (SharedNeurons, RoutedExperts)
+        and all(type(module) is nn.Linear for module in inner)
+        and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in (part, *inner))
+    )
+
+
 class SparseFFN(nn.Module):
     """A sparse FFN (..., H) -> (..., H) that stands where a dense one stood; see the module's equation.
 
@@ -127,15 +146,31 @@ class SparseFFN(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states (..., H) -> (..., H)."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        y: Tensor | None = None if self.shared is None else self.shared(x)  # (T, H)
-        if self.router is not None and self.experts is not None:
+        chosen = scale = None
+        if self.router is not None:
             scores, chosen = self.router(x)  # (T, R), (T, K)
-            routed = self.experts(x, chosen, self.scale(scores, chosen))  # (T, H)
-            y = routed if y is None else y + routed
+            scale = self.scale(scores, chosen)  # (T, K)
+        y = self._native(x, chosen, scale)  # (T, H)
+        if y is None:
+            y = None if self.shared is None else self.shared(x)
+            if self.experts is not None:
+                routed = self.experts(x, chosen, scale)  # (T, H)
+                y = routed if y is None else y + routed
         assert y is not None  # Layout refuses S + K = 0
         if self.bias is not None:
             y = y + self.bias
         return y.view(hidden_states.shape)
+
+    def _native(self, x: Tensor, chosen: Tensor | None, scale: Tensor | None) -> Tensor | None:
+        """A few tokens by the C++ operator, all parts at once; None where it does not serve, or where somebody has put
+        something of their own (an adapter, a quantised layer, a hook) in the place of a part."""
+        if len(x) > native.TOKENS or not all(_untouched(part) for part in (self.shared, self.experts)):
+            return None
+        shared = None if self.shared is None else self.shared.packed()
+        experts = None if self.experts is None else self.experts.packed()
+        if not all(native.serves(x, part) for part in (shared, experts) if part is not None):
+            return None
+        return native.decode(x, chosen, scale, experts, shared)
 
     def scale(self, scores: Tensor, chosen: Tensor) -> Tensor | None:
         """What each chosen expert's output is multiplied by: (T, R), (T, K) -> (T, K), or None for 1."""

@@ -124,21 +124,18 @@ def test_nan_in_the_target_is_refused(ffn: SparseFFN) -> None:
         fit_site(ffn, states(64), target, CONFIG, SiteReport(7, 7))
 
 
-def test_gradient_steps_do_not_make_the_router_forget_its_labels() -> None:
-    """At the rate of the other weights it did: its gradient says little of the experts that were not chosen."""
-    ffn = lone_ffn(hidden=32, width=8, layout="S1A2E8")
-    dense = lone_ffn(hidden=32, width=8, layout="S1A7E8")
-    dense.load_state_dict(ffn.state_dict())
-    x, new = states(8000, 32), states(2000, 32, seed=2)
-    with torch.no_grad():
-        target, wanted = dense(x), fit.label_tokens(ffn, new, dense(new), "joint").chosen
+def test_gradient_steps_move_the_router_less_than_the_rest(ffn: SparseFFN) -> None:
+    """At the rate of the other weights it unlearned its labels on the real model (docs/results.md)."""
+    dense, x = all_on(ffn), states(4096)
     generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        target = dense(x)
     fit.fit_router(ffn, x, fit.label_tokens(ffn, x, target, "joint"), CONFIG, generator)
+    before = copy.deepcopy(ffn)
+    fit_weights(ffn, x, target, CONFIG.replace(fit_passes=10.0), generator)
 
-    def recall() -> float:
-        _, chosen = ffn.router(new)
-        return float(wanted.gather(1, chosen).mean())
+    def moved(name: str) -> float:
+        old, new = before.get_parameter(name), ffn.get_parameter(name)
+        return float((new - old).norm() / old.norm())
 
-    before = recall()
-    fit_weights(ffn, x, target, CONFIG.replace(fit_passes=60.0), generator)
-    assert before > 2 / 7 + 0.1 and recall() > before - 0.02
+    assert 0 < moved("router.weight") < 0.3 * moved("experts.down_proj")
