@@ -10,6 +10,7 @@ A directory is written beside its place and renamed into it; it loads with every
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,9 +69,9 @@ def save(
 
     Args:
         model: a FactorMix model.
-        path: the directory. One that exists and is not empty is refused unless `overwrite`, or unless it is a
-            Trainer's ``checkpoint-N``, which Trainer fills in several steps (and whose weights it looks for under
-            the plain name).
+        path: the directory. One that exists and is not empty is refused unless `overwrite`, or unless it is Trainer's:
+            a ``checkpoint-N``, which Trainer fills in several steps (and whose weights it looks for under the plain
+            name), or an output_dir with such checkpoints in it, where all else stays as it is.
         tokenizer: saved beside the model.
         run: what made it, written as run.json (see `factormix.run.record`).
         kwargs: ``state_dict`` and ``max_shard_size`` go to transformers' save_pretrained; its other arguments
@@ -95,7 +96,8 @@ def save(
         return
     dense = base_class(model)
     trainers = Path(path).name.startswith("checkpoint-")
-    with output_directory(path, overwrite or trainers) as folder:
+    beside = [] if overwrite else _of_trainer(Path(path))
+    with output_directory(path, overwrite or trainers or bool(beside)) as folder:
         dense.save_pretrained(model, folder, variant=None if trainers else VARIANT, **passed_on)
         model.config.architectures = [dense.__name__]
         base_config = model.config.to_dict()
@@ -111,6 +113,28 @@ def save(
         for file in files:  # safetensors makes its files readable by their owner alone
             shutil.copymode(folder / "config.json", file)
         write_json(folder / HASHES, {str(p.relative_to(folder)): sha256(p) for p in files})
+        for entry in beside:
+            if not (folder / entry.name).exists():
+                _link(entry, folder / entry.name)
+
+
+def _of_trainer(path: Path) -> list[Path]:
+    """What stays in Trainer's output_dir beside a model saved there: all but a former model. Empty elsewhere."""
+    if not any(path.glob("checkpoint-*/trainer_state.json")):
+        return []
+    return [entry for entry in path.iterdir() if entry.name != HASHES and not entry.match("model*.safetensors*")]
+
+
+def _link(entry: str | Path, to: str | Path) -> None:
+    """The same files under a second name: the first stays until the new directory is in its place. No copy where the
+    file system has hard links."""
+    if Path(entry).is_dir():
+        shutil.copytree(entry, to, copy_function=_link)
+        return
+    try:
+        os.link(entry, to)
+    except OSError:
+        shutil.copy2(entry, to)
 
 
 def load(

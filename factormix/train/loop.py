@@ -177,7 +177,7 @@ def train(
     forward_before = {k: v for k, v in model.__dict__.items() if k == "forward"}  # of a device map's hooks
     was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     groups = _freeze_others(model, learning_rates, config.weight_decay)
-    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     callback = _Progress(label, quiet or not PartialState().is_main_process, config.max_minutes)
     trainer = _LossTrainer(
         model, arguments, train_dataset=_Windows(text), loss=loss, optimizers=(optimiser, None), callbacks=[callback]

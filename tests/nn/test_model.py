@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from factormix.ffn import find_sites, isolate
 from factormix.nn import FactorMixMixin, Layout, SparseFFN, base_class
+from factormix.run.errors import FactorMixError
 from tests.families import TINY, tiny_model, tiny_output
 from tests.nn.sparse import sparsify, twins
 
@@ -231,15 +232,31 @@ def test_trainer_trains_saves_and_resumes(checkpointing: bool, tmp_path: Path) -
     assert (tmp_path / "checkpoint-2" / "hashes.json").is_file()
 
 
-def test_trainer_saves_into_its_own_folder(tmp_path: Path) -> None:
+def test_trainer_saves_beside_its_checkpoints(tmp_path: Path) -> None:
     from factormix import load
 
     _, sparse = twins("llama")
-    trainer = Trainer(sparse, arguments(tmp_path / "out", save_strategy="no"), train_dataset=rows())
+    out = tmp_path / "out"
+    trainer = Trainer(sparse, arguments(out, save_steps=1, save_strategy="steps"), train_dataset=rows())
     trainer.train()
-    trainer.save_model(str(tmp_path / "final"))
+    trainer.save_model()
+    before = tiny_output(load(out))
+    sparse.lm_head.weight.data.mul_(2)
+    trainer.save_model()  # over the former one
     sparse.eval()
-    assert torch.allclose(tiny_output(load(tmp_path / "final")), tiny_output(sparse), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(tiny_output(load(out)), tiny_output(sparse), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(tiny_output(load(out)), before)
+    again = Trainer(load(out), arguments(out, save_strategy="no", max_steps=2), train_dataset=rows())
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+
+
+def test_a_folder_that_is_not_trainers_is_not_touched(tmp_path: Path) -> None:
+    _, sparse = twins("llama")
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(FactorMixError, match="exists and is not empty"):
+        sparse.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_lora_on_the_attention_of_a_sparse_model(tmp_path: Path) -> None:
