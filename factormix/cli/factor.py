@@ -124,7 +124,7 @@ def factor(
             "metrics": record.metrics,
         },
     )
-    typer.echo(_summary(record, plan.model, plan.out, paths[0]))
+    typer.echo(_summary(record, plan.model, plan.out))
 
 
 def _hashes(paths: Sequence[Path]) -> dict[str, str]:
@@ -193,7 +193,7 @@ def _trained(sparse: PreTrainedModel, config: FactorConfig) -> int:
     return sum(p.numel() for ffn in ffns for name, p in ffn.named_parameters() if name.startswith(names))
 
 
-def _summary(record: RunRecord, model: str, out: str, text: Path) -> str:
+def _summary(record: RunRecord, model: str, out: str) -> str:
     of = record.metrics
     seconds = sum(phase["seconds"] for phase in record.phases)
     return "\n".join([
@@ -202,5 +202,5 @@ def _summary(record: RunRecord, model: str, out: str, text: Path) -> str:
         f"label recall {of['recall']:.3f}, output error of an FFN {of['error_before']:.3f} before and "
         f"{of['error_after']:.3f} after the layer fit, means over FFNs",
         f"{record.tokens:,} tokens, {seconds:.0f} s, {record.peak_memory_bytes / 2**30:.2f} GiB at most",
-        f"next: {shlex.join(['factormix', 'eval', out, '--against', model, '--text', str(text)])}",
+        f"next, on text it was not calibrated on: {shlex.join(['factormix', 'eval', out, '--against', model])} --text FILE",
     ])  # fmt: skip
