@@ -202,5 +202,6 @@ def _summary(record: RunRecord, model: str, out: str) -> str:
         f"label recall {of['recall']:.3f}, output error of an FFN {of['error_before']:.3f} before and "
         f"{of['error_after']:.3f} after the layer fit, means over FFNs",
         f"{record.tokens:,} tokens, {seconds:.0f} s, {record.peak_memory_bytes / 2**30:.2f} GiB at most",
-        f"next, on text it was not calibrated on: {shlex.join(['factormix', 'eval', out, '--against', model])} --text FILE",
+        "next, on text that it was not calibrated on: "
+        f"{shlex.join(['factormix', 'eval', out, '--against', model, '--text'])} FILE",
     ])  # fmt: skip
