@@ -23,14 +23,14 @@ class HealConfig(Config):
     ce: float = option(0.0, help="weight of the next-token cross-entropy", minimum=0)
     pa: float = option(0.0, help="weight of the PA loss on the routers (needs the dense FFN at every site)", minimum=0)
     balance: float = option(0.0, help="weight of the load balance across tokens", minimum=0)
-    lr: float = option(2e-4, help="peak learning rate of experts and shared neurons", minimum=0)
+    lr: float = option(4e-4, help="peak learning rate of experts and shared neurons", minimum=0)
     router_lr: float = option(1e-3, help="peak learning rate of routers", minimum=0)
-    batch_tokens: int = option(2048, help="tokens of one optimiser step, accumulated over windows", minimum=1)
+    batch_tokens: int = option(512, help="tokens of one optimiser step, accumulated over windows", minimum=1)
     warmup: float = option(0.1, help="fraction of the steps in which the learning rate rises", minimum=0, maximum=1)
     clip: float = option(1.0, help="gradient norm above which gradients are scaled down, after backward", minimum=0)
     weight_decay: float = option(0.0, help="AdamW's weight decay", minimum=0)
     max_minutes: float = option(0.0, help="stop in good order after this long; 0 for never", minimum=0)
-    save_steps: int = option(10, help="steps between checkpoints a killed run resumes from", minimum=1)
+    save_steps: int = option(40, help="steps between checkpoints a killed run resumes from", minimum=1)
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class FactorConfig(Config):
     fit_passes: float = option(
         5.0, help="layer fit: passes over the calibration text with gradient steps on all weights of the FFN", minimum=0
     )
-    fit_lr: float = option(0.015, help="layer fit: peak rate of those steps, in units of a weight's RMS", minimum=0)
+    fit_lr: float = option(0.0075, help="layer fit: peak rate of those steps, in units of a weight's RMS", minimum=0)
     ridge: float = option(
         1.0, help="layer fit: pull of the closed form's down projection towards its old values", minimum=0
     )

@@ -28,10 +28,11 @@ from factormix.run.errors import FactorMixError
 from factormix.train import bf16_pays
 
 CHUNK = 2048  # tokens whose activations are held at once
-BATCH = 2048  # tokens of a step
-FLOOR = 0.3
-ROUTER_RATE = 0.05
-MASSIVE = 4.0
+ROUTER_BATCH = 2048  # tokens of a step of the router's fit
+BATCH = 512  # tokens of a step on all weights: more steps a pass beat steadier ones (docs/results.md)
+FLOOR = 0.3  # c of `fit_weights`, in medians of |F|^2: a token of small output must not outweigh the others
+ROUTER_RATE = 0.05  # of the other weights' rate; see `fit_weights`
+MASSIVE = 4.0  # medians of |F|^2 from which a token counts as massive
 HELD_OUT = 16  # one token in 16 judges the fit and is not fitted; at random, or every BOS might be among them
 
 
@@ -111,7 +112,7 @@ def fit_router(ffn: SparseFFN, x: Tensor, labels: Labels, config: FactorConfig, 
     weight = torch.zeros_like(ffn.router.weight, dtype=torch.float32, requires_grad=True)  # (R, H)
     optimiser = torch.optim.Adam([weight], lr=config.router_lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, config.router_steps)
-    for batch in _batches(len(x), config.router_steps, generator, x.device):
+    for batch in _batches(len(x), ROUTER_BATCH, config.router_steps, generator, x.device):
         with torch.enable_grad():
             scores = (x[batch].float() / spread) @ weight.T  # (B, R)
             loss = router_loss(config.router_loss, scores, _rows(labels, batch))
@@ -143,7 +144,7 @@ def fit_weights(ffn: SparseFFN, x: Tensor, target: Tensor, config: FactorConfig,
     ]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for batch in _batches(len(x), steps, generator, x.device):
+    for batch in _batches(len(x), BATCH, steps, generator, x.device):
         with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16_pays(x.device)):
             missed = target[batch].float() - ffn(x[batch].float()).float()  # (B, H)
             loss = (_squares(missed) / weighing[batch]).mean()
@@ -220,10 +221,10 @@ def _set_down(ffn: SparseFFN, down: Tensor) -> None:
         ffn.experts.down_proj.copy_(down[cut:].view(-1, ffn.spec.width, ffn.spec.hidden).transpose(1, 2))
 
 
-def _batches(tokens: int, steps: int, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
-    """Random rows, BATCH a step."""
+def _batches(tokens: int, size: int, steps: int, generator: torch.Generator, device: torch.device) -> Iterator[Tensor]:
+    """Random rows, `size` a step."""
     for _ in range(steps):
-        yield torch.randint(tokens, (min(BATCH, tokens),), generator=generator).to(device)
+        yield torch.randint(tokens, (min(size, tokens),), generator=generator).to(device)
 
 
 def _rms(x: Tensor) -> float:
