@@ -24,7 +24,7 @@ class ActivationStats:
     def __init__(self, weights: FFNWeights, act: Activation, seed: int = 0, sample: int = SAMPLE) -> None:
         self.weights, self.act = weights, act
         self.tokens = 0
-        self._shares = torch.zeros(self.inner, dtype=torch.float64)
+        self._shares, self._sums, self._squares = torch.zeros(3, self.inner, dtype=torch.float64)
         self._generator = torch.Generator().manual_seed(seed)
         self._keys = torch.empty(0)
         self._sample = sample
@@ -42,14 +42,16 @@ class ActivationStats:
         Raises:
             FactorMixError: NaN or infinity among the neurons.
         """
-        share = (
-            _relative(self.weights.neurons(x, self.act).float().square() * self._down_squares()).sum(0).cpu()
-        )  # (I,)
+        neurons = self.weights.neurons(x, self.act).float()  # (T, I)
+        square = neurons.square()  # (T, I)
+        share = _relative(square * self.down_squares().to(x.device)).sum(0).cpu()  # (I,)
         if not bool(torch.isfinite(share).all()):
             raise FactorMixError(
                 "NaN or infinity among the neurons on the calibration text; check the model, or use --dtype float32."
             )
         self._shares += share
+        self._sums += neurons.sum(0).cpu()
+        self._squares += square.sum(0).cpu()
         self.tokens += len(x)
         keys = torch.cat([self._keys, torch.rand(len(x), generator=self._generator)])  # n + T
         kept = keys.topk(min(self._sample, len(keys))).indices.sort().values  # the largest keys of all seen so far
@@ -66,15 +68,25 @@ class ActivationStats:
         """
         return (self._shares / max(self.tokens, 1)).float()
 
+    @property
+    def mean(self) -> Tensor:
+        """(I,) mean of each neuron."""
+        return (self._sums / max(self.tokens, 1)).float()
+
+    @property
+    def mean_square(self) -> Tensor:
+        """(I,) mean of each neuron's square; massive tokens count as they are."""
+        return (self._squares / max(self.tokens, 1)).float()
+
     def sampled_energy(self) -> Tensor:
         """(n, I) the same share at each token of the sample; rows sum to 1."""
         device, dtype = self.weights.up.device, self.weights.up.dtype
         neurons = self.weights.neurons(self.sample.to(device, dtype), self.act).float()  # (n, I)
-        return _relative(neurons.square() * self._down_squares()).cpu()
+        return _relative(neurons.square().cpu() * self.down_squares())
 
-    def _down_squares(self) -> Tensor:
-        """(I,) |d_j|^2."""
-        return self.weights.down.float().square().sum(1)
+    def down_squares(self) -> Tensor:
+        """(I,) |d_j|^2, on the CPU."""
+        return self.weights.down.float().square().sum(1).cpu()
 
     def most_important(self, count: int) -> tuple[Tensor, Tensor]:
         """Indices of the `count` neurons with most energy, and of the others, both ascending."""

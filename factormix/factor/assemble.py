@@ -10,8 +10,8 @@ from factormix.ffn import FFNSite, FFNWeights
 from factormix.nn import Layout, SparseFFN, SparseSpec
 
 
-def sparse_spec(site: FFNSite, layout: Layout, gate: str) -> SparseSpec:
-    """The shapes of the sparse FFN that replaces the dense one at `site`."""
+def sparse_spec(site: FFNSite, layout: Layout, gate: str, compensated: bool = False) -> SparseSpec:
+    """The shapes of the sparse FFN that replaces the dense one at `site`; `compensated`: with an output bias anyway."""
     return SparseSpec(
         hidden=site.hidden,
         width=layout.width(site.inner),
@@ -21,7 +21,7 @@ def sparse_spec(site: FFNSite, layout: Layout, gate: str) -> SparseSpec:
         activation=site.activation,
         gated=site.gated,
         up_bias=site.up_bias or site.gate_bias,
-        down_bias=site.down_bias,
+        down_bias=site.down_bias or compensated,
         gate=gate,  # type: ignore[arg-type]
     )
 
@@ -35,7 +35,7 @@ def assemble(spec: SparseSpec, weights: FFNWeights, assignment: Assignment) -> S
     order = assignment.order.to(weights.up.device)
     cut = len(assignment.shared)
     up, bias = _stacked(weights.up, weights.gate), _stacked(_bias(weights), _bias(weights, gate=True))
-    down = weights.down[order]  # (I, H)
+    down = weights.down[order]  # (I, H), less the dropped ones
     if ffn.shared is not None:
         ffn.shared.up_proj.weight.copy_(_rows(up, order[:cut]))  # (2SW, H)
         ffn.shared.down_proj.weight.copy_(down[:cut].T)  # (H, SW)
@@ -48,8 +48,10 @@ def assemble(spec: SparseSpec, weights: FFNWeights, assignment: Assignment) -> S
                 ffn.experts.up_bias[i].copy_(_rows(bias, neurons))
         ffn.experts.down_proj.copy_(down[cut:].view(len(assignment.experts), -1, spec.hidden).transpose(1, 2))
         ffn.router.weight.zero_()
-    if ffn.bias is not None and weights.down_bias is not None:
-        ffn.bias.copy_(weights.down_bias)
+    if ffn.bias is not None:
+        ffn.bias.copy_(torch.zeros_like(ffn.bias) if weights.down_bias is None else weights.down_bias)
+        if assignment.compensation is not None:
+            ffn.bias.add_(assignment.compensation.to(ffn.bias))
     return ffn
 
 

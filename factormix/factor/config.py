@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from factormix.factor.partition import PARTITIONS
+from factormix.factor.partition import PARTITIONS, STATIC
 from factormix.nn import Layout
 from factormix.run.config import Config, option
 from factormix.run.errors import FactorMixError, choose
@@ -37,12 +37,17 @@ class HealConfig(Config):
 class FactorConfig(Config):
     """How dense FFNs become sparse ones. `FactorConfig.parse("S4A4E16")` takes the measured defaults."""
 
-    layout: str = option("S4A4E16", help="S4A4E16: 4 of 16 slices shared, 4 more chosen; or the paper's 1R4E2K")
-    partition: str = option("coactivation", help="how neurons are grouped", choices=tuple(PARTITIONS))
+    layout: str = option(
+        "S4A4E16",
+        help="S4A4E16: 4 of 16 slices shared, 4 chosen; 1R4E2K: the paper's; S8A0E16: 8 stay, pruned",
+    )
+    partition: str = option(
+        "coactivation", help="how neurons are grouped; flap and wanda prune", choices=tuple(PARTITIONS)
+    )
     label: str = option(
         "joint",
-        help="what a router should have chosen: the best subset, the largest contributions, or FactorLLM's own",
-        choices=("joint", "contribution", "paper"),
+        help="what a router should have chosen: the best subset, the largest contributions, FactorLLM's own, or any",
+        choices=("joint", "contribution", "paper", "random"),
     )
     router_loss: str = option(
         "bce",
@@ -72,6 +77,11 @@ class FactorConfig(Config):
         """Ranges, choices, and settings that contradict each other."""
         super().validate()
         layout = Layout.parse(self.layout)
+        if self.partition in STATIC and layout.active:
+            raise FactorMixError(
+                f"partition {self.partition!r} prunes and makes no experts; layout {layout} wants {layout.active}. "
+                f"Use S{layout.shared + layout.active}A0E{layout.slices}, or partition 'coactivation'."
+            )
         if self.gate == "paper" and layout.shared:
             raise FactorMixError(
                 f"gate 'paper' multiplies every output by E/K and knows no shared neurons; layout {layout} shares "

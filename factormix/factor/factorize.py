@@ -26,9 +26,9 @@ from factormix.factor.config import FactorConfig
 from factormix.factor.fit import SiteReport, fit_site
 from factormix.factor.heal import heal
 from factormix.factor.lockstep import Lockstep, batches_of
-from factormix.factor.partition import BLIND, PARTITIONS
+from factormix.factor.partition import BLIND, COMPENSATED, PARTITIONS
 from factormix.ffn import FFNSite, find_sites, isolate, weights
-from factormix.nn import FactorMixMixin, SparseFFN, adopt
+from factormix.nn import FactorMixMixin, SparseFFN, SparseSpec, adopt
 from factormix.run.errors import FactorMixError
 from factormix.run.progress import progress
 from factormix.run.workdir import WorkDirectory
@@ -70,7 +70,7 @@ def factorize(
     if isinstance(dense, FactorMixMixin):
         raise FactorMixError(f"{type(dense).__name__} is sparse already; factorize the dense model it was made from.")
     sites = find_sites(dense, config.layers)
-    specs = {site: sparse_spec(site, config.cut, config.gate) for site in sites}  # refuses before any compute
+    specs = {site: _spec(site, config) for site in sites}  # refuses before any compute
     packed = _packed(calibration, dense, tokenizer, config.window, config.tokens, config.seed)
     started = time.perf_counter()
     was_training = dense.training
@@ -127,11 +127,15 @@ def _factor_site(
         stats.update(rows)
     generator = torch.Generator().manual_seed(config.seed + site.index)
     assignment = PARTITIONS[config.partition](stats, config.cut, generator)
-    ffn = assemble(sparse_spec(site, config.cut, config.gate), dense_weights, assignment).eval()
+    ffn = assemble(_spec(site, config), dense_weights, assignment).eval()
     report = SiteReport(site=site.index, layer=site.layers[0])
     fit_site(ffn, x, target, config, report)
     steps.replace(site, ffn)
     return ffn, report
+
+
+def _spec(site: FFNSite, config: FactorConfig) -> SparseSpec:
+    return sparse_spec(site, config.cut, config.gate, compensated=config.partition in COMPENSATED)
 
 
 def _inputs_of_every_use(model: PreTrainedModel, site: FFNSite, batches: list[dict[str, Tensor]]) -> Tensor:

@@ -78,7 +78,7 @@ def fit_site(ffn: SparseFFN, x: Tensor, target: Tensor, config: FactorConfig, re
         fit_router(ffn, x[~judged], _rows(labels, ~judged), config, generator)
         _report_routing(ffn, x[judged], _rows(labels, judged), report)
     report.error_before = relative_error(ffn, x[judged], target[judged])
-    if config.layer_fit and ffn.spec.active < ffn.spec.layout.routed:  # else it is the dense FFN
+    if config.layer_fit and ffn.spec.layout.active_fraction < 1:  # else it is the dense FFN
         if config.fit_passes:
             fit_weights(ffn, x[~judged], target[~judged], config, generator)
         fit_down(ffn, x[~judged], target[~judged], config.ridge)

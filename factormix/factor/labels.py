@@ -5,6 +5,7 @@ All are computed at the student's own states x, from the outputs of the experts 
 
     paper          distance of each expert alone to F(x) / (N / K)             (FactorLLM section 3.3, released form)
     contribution   norm of E_i(x)
+    random         any K: the baseline that shows what routing is worth
     joint          the subset whose sum is nearest to F(x) - shared(x): exact where there are few subsets, else greedy
 """
 
@@ -37,7 +38,7 @@ def label(method: str, outputs: Tensor, target: Tensor, active: int) -> Labels:
     """Labels of a batch of tokens.
 
     Args:
-        method: "joint", "contribution" or "paper".
+        method: "joint", "contribution", "paper" or "random".
         outputs: (T, R, H) of every expert.
         target: (T, H) what they should add up to: the dense output less shared neurons and output bias.
         active: K.
@@ -47,6 +48,9 @@ def label(method: str, outputs: Tensor, target: Tensor, active: int) -> Labels:
     elif method == "paper":
         share = active / outputs.shape[1]
         gain = -(outputs - share * target.unsqueeze(1)).norm(dim=-1)  # (T, R)
+    elif method == "random":
+        seeded = torch.Generator().manual_seed(0)
+        gain = torch.rand(outputs.shape[:2], generator=seeded).to(outputs.device)  # (T, R)
     else:
         return _joint(outputs, target, active)
     return Labels(top_k_hot(gain, active), gain)

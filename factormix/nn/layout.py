@@ -1,6 +1,7 @@
 """Layout: how an FFN is cut, in both notations.
 
 ``S4A4E16``: E = 16 slices, S = 4 of them shared (always on), A = K = 4 of the other R = 12 chosen for each token.
+``S8A0E16``: nothing is routed: 8 of 16 slices stay and the others are dropped. Static pruning, the baseline to beat.
 ``1R4E2K`` (FactorLLM's own): one router, 4 experts, top 2; the same as ``S0A2E4``.
 """
 
@@ -16,7 +17,7 @@ FORMS = "'S<shared>A<active>E<slices>' such as S4A4E16, or the paper's '1R<exper
 
 @dataclass(frozen=True)
 class Layout:
-    """E slices, S shared, K of the R = E - S routed ones run for a token.
+    """E slices, S shared, K of the R = E - S routed ones run for a token. With K = 0 the others are dropped.
 
     Raises:
         FactorMixError: numbers that cannot be, with the arithmetic.
@@ -33,13 +34,11 @@ class Layout:
             raise FactorMixError(f"layout {self} runs nothing: S + A must be at least 1.")
         if self.shared > self.slices:
             raise FactorMixError(f"layout {self}: S = {self.shared} slices are to be shared of only E = {self.slices}.")
-        if self.active > self.routed:
+        if self.active > self.slices - self.shared:
             raise FactorMixError(
                 f"layout {self}: A = {self.active} experts are to be chosen of R = E - S = {self.slices} - "
-                f"{self.shared} = {self.routed}; allowed: A from 0 to {self.routed}."
+                f"{self.shared} = {self.slices - self.shared}; allowed: A from 0 to {self.slices - self.shared}."
             )
-        if self.active == 0 and self.routed > 0:
-            raise FactorMixError(f"layout {self}: {self.routed} routed experts would never run; A must be at least 1.")
 
     @classmethod
     def parse(cls, text: str) -> Layout:
@@ -62,7 +61,12 @@ class Layout:
     @property
     def routed(self) -> int:
         """R, the number of experts a router chooses from."""
-        return self.slices - self.shared
+        return self.slices - self.shared if self.active else 0
+
+    @property
+    def dropped(self) -> int:
+        """Slices that are gone: those of static pruning."""
+        return self.slices - self.shared - self.routed
 
     @property
     def active_fraction(self) -> float:

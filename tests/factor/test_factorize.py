@@ -155,6 +155,28 @@ def test_the_paper_preset_keeps_the_active_fraction_and_runs() -> None:
     assert torch.isfinite(tiny_output(sparse)).all()
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("partition", ["coactivation", "wanda", "flap"])
+def test_static_pruning_drops_the_other_neurons(family: str, partition: str, tmp_path: Path) -> None:
+    dense = tiny_model(family)
+    config = FactorConfig.parse("S2A0E4", partition=partition, layer_fit=False, **QUICK)
+    pruned = factorize(dense, config, windows(), quiet=True)
+    for ffn in pruned.sparse_ffns().values():
+        assert ffn.router is None and ffn.experts is None
+        assert ffn.shared.down_proj.weight.shape[1] == 2 * ffn.spec.width
+        assert ffn.bias is not None if partition == "flap" else True
+    pruned.save_pretrained(tmp_path / "pruned")
+    assert torch.equal(tiny_output(load(tmp_path / "pruned")), tiny_output(pruned))
+    fitted = factorize(dense, config.replace(layer_fit=True), windows(), quiet=True)
+    before, after = (m.config.factormix["made_by"]["sites"][0] for m in (pruned, fitted))
+    assert after["error_after"] < before["error_after"]
+
+
+def test_partitions_that_prune_refuse_a_router() -> None:
+    with pytest.raises(FactorMixError, match=r"'flap' prunes.*S2A0E4"):
+        FactorConfig.parse("S1A1E4", partition="flap")
+
+
 def test_generate_and_batch_mates(tmp_path: Path) -> None:
     sparse = factorize(tiny_model("llama"), FactorConfig.parse("S1A1E4", **QUICK), windows(), quiet=True)
     inputs = tiny_inputs(sparse)

@@ -13,7 +13,7 @@ from torch import Tensor
 from factormix.factor import labels as module
 from factormix.factor.labels import Labels, label, top_k_hot
 
-METHODS = ["joint", "contribution", "paper"]
+METHODS = ["joint", "contribution", "paper", "random"]
 
 
 def problem(tokens: int, routed: int, hidden: int, seed: int = 0, spread: float = 0.5) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 
 import factormix.factor.partition.coactivation  # noqa: F401
 from factormix.factor.activations import ActivationStats
-from factormix.factor.partition import PARTITIONS, Assignment
+from factormix.factor.partition import PARTITIONS, STATIC, Assignment
 from factormix.factor.partition.balanced import balanced_assignment, balanced_kmeans
 from factormix.ffn import FFNWeights
 from factormix.nn import Layout
@@ -48,15 +48,15 @@ def groups(assignment: Assignment) -> set[frozenset[int]]:
 @given(data=st.data(), gated=st.booleans(), seed=st.integers(0, 99))
 def test_any_sizes_give_a_valid_assignment_by_seed(method: str, data: st.DataObject, gated: bool, seed: int) -> None:
     slices, width = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 7))
-    shared = data.draw(st.integers(0, slices))
-    active = data.draw(st.integers(1, slices - shared)) if shared < slices else 0
+    shared = data.draw(st.integers(int(method in STATIC), slices))
+    active = 0 if method in STATIC else data.draw(st.integers(int(shared == 0), slices - shared))
     layout, inner, hidden = Layout(shared, active, slices), slices * width, data.draw(st.integers(1, 8))
     tokens = torch.randn(data.draw(st.integers(1, 30)), hidden, generator=generator(seed))
     stats = stats_of(random_weights(inner, hidden, gated, seed), tokens)
     one, same = (PARTITIONS[method](stats, layout, generator(seed)) for _ in range(2))
     assert one.shared.shape == (shared * width,)
-    assert one.experts.shape == (slices - shared, width)
-    assert sorted(one.order.tolist()) == list(range(inner))
+    assert one.experts.shape == (layout.routed, width) and one.dropped.shape == (layout.dropped * width,)
+    assert sorted([*one.order.tolist(), *one.dropped.tolist()]) == list(range(inner))
     assert torch.equal(one.order, same.order)
 
 
@@ -69,8 +69,9 @@ def test_an_assignment_names_every_neuron_once() -> None:
 def test_neurons_without_energy_do_no_harm(method: str) -> None:
     parts = random_weights(12, 5, gated=True)
     parts.gate[3:9] = 0  # silu(0) = 0: half of the neurons never fire
-    assignment = PARTITIONS[method](stats_of(parts, torch.zeros(4, 5)), Layout(1, 2, 6), generator())
-    assert sorted(assignment.order.tolist()) == list(range(12))
+    layout = Layout(3, 0, 6) if method in STATIC else Layout(1, 2, 6)
+    assignment = PARTITIONS[method](stats_of(parts, torch.zeros(4, 5)), layout, generator())
+    assert sorted([*assignment.order.tolist(), *assignment.dropped.tolist()]) == list(range(12))
 
 
 def test_contiguous_is_the_models_own_order() -> None:
@@ -168,6 +169,26 @@ def test_neurons_that_always_fire_are_shared(method: str) -> None:
     parts, tokens, owner = planted_activity(4, 4, loud=4)
     assignment = PARTITIONS[method](stats_of(parts, tokens), Layout(1, 1, 5), generator())
     assert assignment.shared.tolist() == [16, 17, 18, 19] and (owner[16:] == 4).all()
+
+
+def static_stats() -> ActivationStats:
+    """Three ReLU neurons: 0 fires loud and constant, 1 fluctuates, 2 hardly fires."""
+    parts = FFNWeights(up=torch.eye(3), down=torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), gate=None)
+    x = torch.tensor([[3.0, 0.0, 0.2], [3.0, 2.0, 0.2], [3.0, 0.0, 0.2], [3.0, 2.0, 0.2]])
+    stats = ActivationStats(parts, torch.relu)
+    for rows in x.split(3):  # streamed
+        stats.update(rows)
+    return stats
+
+
+def test_wanda_keeps_the_energy_and_flap_the_fluctuation() -> None:
+    """Means 3, 1, 0.2; variances 0, 1, 0; squared norms of the output weights 1, 1, 2."""
+    stats, layout = static_stats(), Layout(1, 0, 3)
+    assert PARTITIONS["wanda"](stats, layout, generator()).shared.tolist() == [0]  # 9 against 2 and 0.08
+    found = PARTITIONS["flap"](stats, layout, generator())
+    assert found.shared.tolist() == [1] and found.dropped.tolist() == [0, 2]
+    assert found.compensation is not None
+    assert torch.allclose(found.compensation, torch.tensor([3 * 1 + 0.2 * 1, 0.2 * 1]))
 
 
 def test_the_rounds_capture_more_than_the_clusters_they_start_from(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from factormix.factor.partition.assignment import Assignment
 from factormix.factor.partition.coactivation import coactivation
 from factormix.factor.partition.kmeans import kmeans
 from factormix.factor.partition.simple import contiguous, random_split
+from factormix.factor.partition.static import flap, wanda
 from factormix.nn import Layout
 
 Partition = Callable[[ActivationStats, Layout, torch.Generator], Assignment]
@@ -21,9 +22,17 @@ PARTITIONS: dict[str, Partition] = {
     "kmeans": kmeans,
     "random": random_split,
     "contiguous": contiguous,
+    "flap": flap,
+    "wanda": wanda,
 }
 
 BLIND = ("random", "contiguous")
 """Methods that look at no statistics, which then need not be computed."""
 
-__all__ = ["BLIND", "PARTITIONS", "Assignment", "Partition"]
+STATIC = ("flap", "wanda")
+"""Methods that know no experts: for layouts that drop slices, such as S8A0E16."""
+
+COMPENSATED = ("flap",)
+"""Methods that add an output bias."""
+
+__all__ = ["BLIND", "COMPENSATED", "PARTITIONS", "STATIC", "Assignment", "Partition"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,20 +15,31 @@ class Assignment:
     Attributes:
         shared: (S*W,) int64, always on.
         experts: (R, W) int64, one row an expert.
+        dropped: int64, gone; empty except in static pruning.
+        compensation: (H,) what is added to the output bias for the dropped ones, or None.
     """
 
     shared: Tensor
     experts: Tensor
+    dropped: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    compensation: Tensor | None = None
 
     def __post_init__(self) -> None:
-        every = self.order.sort().values
+        every = torch.cat([self.order, self.dropped]).sort().values
         if not torch.equal(every, torch.arange(len(every))):
             raise AssertionError("an assignment must name every neuron once")
 
     @property
     def order(self) -> Tensor:
-        """(I,) the neurons in packed order: shared first, then expert by expert."""
+        """The neurons that stay, in packed order: shared first, then expert by expert."""
         return torch.cat([self.shared, self.experts.flatten()])
+
+    @classmethod
+    def without_experts(
+        cls, shared: Tensor, dropped: Tensor, width: int, compensation: Tensor | None = None
+    ) -> Assignment:
+        """Static: `shared` stay, `dropped` (maybe empty) go; W is `width`."""
+        return cls(shared, shared.new_empty(0, width), dropped, compensation)
 
     @classmethod
     def from_owner(cls, shared: Tensor, routed: Tensor, owner: Tensor, experts: int) -> Assignment:

@@ -26,7 +26,7 @@ def coactivation(stats: ActivationStats, layout: Layout, generator: torch.Genera
     width = layout.width(stats.inner)
     shared, routed = stats.most_important(layout.shared * width)
     if layout.routed == 0:
-        return Assignment(shared, routed.view(0, width))
+        return Assignment.without_experts(shared, routed, width)
     energy = stats.sampled_energy()[:, routed]  # (n, N)
     patterns = (energy / energy.mean(0).clamp_min(1e-30)).sqrt()  # (n, N)
     owner = balanced_kmeans(patterns.T, layout.routed, generator)  # (N,)

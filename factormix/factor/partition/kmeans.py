@@ -19,7 +19,7 @@ def kmeans(stats: ActivationStats, layout: Layout, generator: torch.Generator) -
     width = layout.width(stats.inner)
     shared, routed = stats.most_important(layout.shared * width)
     if layout.routed == 0:
-        return Assignment(shared, routed.view(0, width))
+        return Assignment.without_experts(shared, routed, width)
     w = stats.weights
     parts = [part for part in (w.gate, w.up, w.down) if part is not None]
     points = torch.cat([torch.nn.functional.normalize(p.float().cpu(), dim=1) for p in parts], dim=1)  # (I, 2H or 3H)

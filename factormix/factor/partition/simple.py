@@ -22,4 +22,6 @@ def random_split(stats: ActivationStats, layout: Layout, generator: torch.Genera
 def _cut(order: torch.Tensor, layout: Layout) -> Assignment:
     width = layout.width(len(order))
     shared = layout.shared * width
+    if layout.routed == 0:
+        return Assignment.without_experts(order[:shared], order[shared:], width)
     return Assignment(order[:shared], order[shared:].view(layout.routed, width))
