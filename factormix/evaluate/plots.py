@@ -55,7 +55,7 @@ def draw_all(folder: str | Path, methods: Mapping[str, Row], bench: Row, sites: 
         jobs["speed"] = (draw_speed, bench)
     if any(row.get(key) is not None for row in sites for key in ("recall", "captured")):
         jobs["sites"] = (draw_sites, sites)
-    if any(row.get("load") is not None for row in sites):
+    if any(row.get("load") for row in sites):
         jobs["load"] = (draw_load, sites)
     if jobs:
         with _matplotlib().rc_context(STYLE):
@@ -161,7 +161,7 @@ def draw_sites(sites: Sequence[Row]) -> Any:
 
 def draw_load(sites: Sequence[Row]) -> Any:
     """Heat map, experts by FFNs: share of an FFN's tokens sent to each expert, busiest expert of each FFN on top."""
-    rows = [row for row in sites if row.get("load") is not None]
+    rows = [row for row in sites if row.get("load")]
     routed = max(len(row["load"]) for row in rows)
     blank = [float("nan")]
     columns = [sorted(row["load"], reverse=True) + blank * (routed - len(row["load"])) for row in rows]
