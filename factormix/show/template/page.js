@@ -72,11 +72,18 @@ function element(name, options = {}, ...children) {
 }
 
 const cells = (kind, row, options = {}) => element("tr", options, ...row.map((cell) => (
-  cell instanceof Node ? cell : element(kind, typeof cell === "number" ? { class: "number" } : {}, String(cell)))));
+  cell instanceof Node ? cell : element(kind, {}, cell))));
 const swatch = (site, column) => element("span", { class: "swatch", hue: hue(site, column) });
 const shown = (token) => (token.piece ? JSON.stringify(token.piece) : token.mark);
 
 // ---- the text ----
+
+// A piece as nodes: line ends and tabs, and the spaces of a piece that is nothing else, get a mark that is no text.
+function written(piece) {
+  const marks = { "\n": "↵", "\t": "→", ...(piece.trim() ? {} : { " ": "·" }) };
+  return Array.from(piece.match(/[\n\t ]|[^\n\t ]+/g) || [], (part) => (
+    marks[part] ? element("i", { class: part === " " ? "space" : "", "data-mark": marks[part] }, part) : part));
+}
 
 function drawText() {
   const blocks = new Map();
@@ -87,10 +94,8 @@ function drawText() {
       blocks.set(token.doc, block);
       $("text").append(element("article", { class: "document" }, heading, block.paragraph));
     }
-    const marks = token.mark || token.piece.replace(/[^\n\t ]/g, "").replace(/\n/g, "↵").replace(/\t/g, "→").replace(/ /g, "·");
-    const bare = !token.piece.trim() || token.piece.includes("\n");
-    const span = element("span", { class: "token", "data-t": t }, token.piece);
-    if (bare) span.dataset.mark = marks;
+    const span = element("span", { class: "token", "data-t": t }, ...written(token.piece));
+    if (token.mark) span.dataset.mark = token.mark;
     spans.push(span);
     blocks.get(token.doc).paragraph.append(token.gap, span);
   });
@@ -109,7 +114,7 @@ function paint() {
     strength = (t) => values[t];
   } else if (column !== null) {
     [ramp.hue, ramp.low, ramp.high] = [hue(site, column), Math.min(site.low, isExperts(site) ? site.low : 0), site.high];
-    ramp.text = `${isExperts(site) ? "score of" : "weight of"} ${columnName(site, column)}`;
+    ramp.text = isExperts(site) ? `where ${columnName(site, column)} fired, by score` : `weight of ${columnName(site, column)}`;
     strength = (t) => site.value(t, column);
   }
   spans.forEach((span, t) => {
@@ -176,11 +181,12 @@ function drawToken() {
 
 function tokenAtSite(site, t) {
   const fired = site.fired(t);
-  const head = isExperts(site) ? ["rank", "", "expert", "score", ""] : ["rank", "", "domain", "weight"];
+  const value = element("th", { class: "number" }, isExperts(site) ? "score" : "weight");
+  const head = ["rank", "", isExperts(site) ? "expert" : "domain", value, ""];
   const rows = ranked(site, t).map((c, rank) => cells("td", [
-    rank + 1, element("td", {}, swatch(site, c)), site.columns[c],
+    String(rank + 1), element("td", {}, swatch(site, c)), site.columns[c],
     element("td", { class: "number" }, site.value(t, c).toFixed(isExperts(site) ? 2 : 3)),
-    ...(isExperts(site) ? [fired.includes(c) ? "fired" : ""] : []),
+    fired.includes(c) ? "fired" : "",
   ], { class: !isExperts(site) || fired.includes(c) ? "fired" : "rest" }));
   return element("table", {}, cells("th", head), ...rows);
 }
@@ -198,10 +204,10 @@ function drawColumns() {
   if (!site) {
     panel.replaceChildren(element("h2", {}, "Evenness of the load by site"),
       element("p", { class: "soft" }, "Entropy over that of an even load; click to go there."),
-      ...experts.map((each) => {
+      element("div", { class: "bars" }, ...experts.map((each) => {
         const even = each.entropy_max ? each.entropy / each.entropy_max : 1;
         return bar({ hue: PLAIN, name: each.name, share: even, value: percent(even), onclick: () => go(String(sites.indexOf(each))) });
-      }));
+      })));
     return;
   }
   const top = Math.max(...site.mean, 1e-9), even = isExperts(site) ? site.active / site.columns.length : null;
@@ -210,11 +216,11 @@ function drawColumns() {
   if (isExperts(site)) facts.unshift(`${site.active} of ${site.columns.length} experts fire, mark: even load ${percent(even)}`);
   if (site.gate) facts.push(`gate ${site.gate}`);
   panel.replaceChildren(element("h2", {}, what), element("p", { class: "soft" }, facts.join("; ")),
-    ...site.columns.map((name, c) => bar({
+    element("div", { class: "bars" }, ...site.columns.map((name, c) => bar({
       hue: hue(site, c), name, share: site.mean[c] / top, value: amount(site, site.mean[c]),
       even: even === null || even > top ? null : even / top, pressed: state.colour === String(c), column: c,
       onclick: () => { state.colour = state.colour === String(c) ? "strongest" : String(c); draw(); },
-    })));
+    }))));
 }
 
 function bar({ hue: h, name, share, value, even = null, pressed = false, column = "", onclick }) {
@@ -243,14 +249,15 @@ function drawAverages() {
         const text = x === null ? "" : isExperts(site) ? (100 * x).toFixed(0) : x.toFixed(2);
         return element("td", { class: "cell", hue: hue(site, c), alpha: x === null ? 0 : x / high, title: columnName(site, c) }, text);
       })));
-    return element("div", { class: "scroll" }, element("table", { class: "heat" }, head, ...rows));
+    return element("div", { class: "scroll group" }, element("table", { class: "heat" }, head, ...rows));
   });
   panel.replaceChildren(element("h2", {}, isExperts(site) ? "Loads in %" : "Mean weights"), ...tables);
 }
 
 function draw() {
-  $("site").value = state.site;
   const site = current();
+  $("tip").hidden = true;
+  $("site").value = state.site;
   $("colour").replaceChildren(...(site
     ? [element("option", { value: "strongest" }, isExperts(site) ? "by first expert" : "by strongest domain"),
       ...site.columns.map((_, c) => element("option", { value: c }, columnName(site, c)))]
