@@ -5,18 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factormix.show.pieces import TOKEN_KINDS, Token
+from factormix.show.pieces import Token
 from factormix.show.trace import SiteTrace, Trace
-
-PIECES = ["a", "</script><script>document.title = 'broken'</script>", " <b>&amp;\"'`", "\n", "{{data}}", ""]
-KINDS = ["word", "punctuation", "punctuation", "space", "word", "special"]
+from tests.show.tiny import KINDS, PIECES
 
 
 @pytest.fixture
 def small() -> Trace:
     """Six tokens of two documents, two sites of 3 experts (2 fire), two sites of 2 domains."""
     names = [piece or "<s>" for piece in PIECES]
-    assert set(KINDS) <= set(TOKEN_KINDS)
     tokens = tuple(Token(i, PIECES[i], "", names[i], KINDS[i], int(i > 3)) for i in range(6))  # type: ignore[arg-type]
     chosen = torch.tensor([[0, 1], [0, 1], [0, 2], [2, 0], [1, 2], [0, 1]])  # (6, 2)
     scores = torch.tensor([[2.0, 1, 0], [2, 1, 0], [2, 0, 1], [1, 0, 2], [-8, 2, 1], [2, 1, 0]])  # (6, 3)

@@ -12,7 +12,7 @@ import pytest
 from factormix.show.page import write_page
 from factormix.show.trace import Trace
 from tests.show.browser import NAMES, Page, find_browser, opened
-from tests.show.conftest import PIECES
+from tests.show.tiny import PIECES
 
 BROWSER = find_browser()
 pytestmark = pytest.mark.skipif(

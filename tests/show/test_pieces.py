@@ -6,7 +6,7 @@ import pytest
 
 from factormix.run.errors import FactorMixError
 from factormix.show.pieces import Window, cut
-from tests.show.tokenizers import WithoutOffsets, of_bytes, of_words
+from tests.show.vocabularies import WithoutOffsets, of_bytes, of_words
 
 TEXT = "W1, w12  w3\n\tcafé 🙂日 </script>"
 
@@ -26,7 +26,7 @@ def test_a_character_of_several_tokens_goes_with_the_first() -> None:
     (window,), _ = cut(["aé🙂b"], of_bytes(), window=100, tokens=100)
     assert [token.piece for token in window.tokens] == ["a", "é", "", "🙂", "", "", "", "b"]
     part = "part of a character"
-    assert [token.kind for token in window.tokens] == ["word", part, part, part, part, part, part, "word piece"]
+    assert [token.kind for token in window.tokens] == ["word", part, part, part, part, part, part, "word"]
 
 
 def test_kinds_and_gaps_of_a_tokenizer_that_drops_spaces_and_case() -> None:

@@ -1,4 +1,4 @@
-"""A domain gate and an FFN with domains as small as they can be, by the protocol of `factormix.show.trace` alone."""
+"""A text that tries to break out of the page; a gate and an FFN with domains by the protocol of `show.trace` alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from transformers import PreTrainedModel
 
 from factormix.ffn import find_sites, isolate, swap
 from tests.families import HIDDEN, tiny_model
+
+PIECES = ["a", "</script><script>document.title = 'broken'</script>", " <b>&amp;\"'`", "\n", "{{data}}", ""]
+KINDS = ["word", "punctuation", "punctuation", "space", "word", "special"]
 
 
 class TinyGate(nn.Module):
