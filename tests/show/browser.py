@@ -19,6 +19,7 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "chromium-headless-shell", "google-chrome", "google-chrome-stable", "chrome")
 SECONDS = 60.0  # to start, and for any answer
+# Without its sandbox, since Chromium refuses it to root and in most containers: the page opened is our own.
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
     "--hide-scrollbars", "--no-first-run",

@@ -93,6 +93,14 @@ def test_a_click_shows_experts_scores_and_ranks(experts: Page) -> None:
     assert text(experts, "#token h2") == "No token selected"
 
 
+def test_the_keyboard_reaches_every_token(experts: Page) -> None:
+    for token in ("0", "1", "2"):
+        experts.key("ArrowRight")
+        assert experts.js("document.querySelector('.selected').dataset.t") == token
+    experts.key("ArrowLeft")
+    assert experts.js("document.querySelector('.selected').dataset.t") == "1"
+
+
 def test_the_mouse_over_a_token_tells_its_experts(experts: Page) -> None:
     assert experts.js("document.getElementById('tip').hidden")
     experts.move('[data-t="4"]')

@@ -105,7 +105,7 @@ def test_domains_are_what_the_gate_said(kind: str) -> None:
         of_ffn, weights = ffn.last
         assert (site.kind, site.gate, site.scores, site.chosen) == ("domains", kind, None, None)
         want = weights if of_ffn is None else torch.cat([of_ffn.unsqueeze(-1), weights], -1)  # (2, 7, n or n + 1)
-        assert site.columns == ("law", "medicine") if of_ffn is None else (FFN_COLUMN, "law", "medicine")
+        assert site.columns == (() if of_ffn is None else (FFN_COLUMN,)) + ("law", "medicine")
         assert torch.equal(site.weights, want.reshape(14, -1)[:12])
 
 

@@ -169,7 +169,7 @@ function drawToken() {
   const panel = $("token"), t = state.token, site = current();
   if (t === null) {
     panel.replaceChildren(element("h2", {}, "No token selected"),
-      element("p", { class: "soft" }, "Click a token to see what it was given; ← and → go to its neighbours."));
+      element("p", { class: "soft" }, "Click a token, or go to it with ← and →, to see what it was given."));
     return;
   }
   const token = tokens[t];
@@ -322,8 +322,8 @@ function start() {
   $("text").addEventListener("mouseout", () => { $("tip").hidden = true; });
   document.addEventListener("keydown", (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!by || state.token === null || event.target.tagName === "SELECT") return;
-    const t = state.token + by;
+    if (!by || event.target.tagName === "SELECT") return;
+    const t = state.token === null ? 0 : state.token + by;
     if (t < 0 || t >= tokens.length) return;
     event.preventDefault();
     select(t);
