@@ -17,6 +17,7 @@ from factormix.cli.eval import evaluate
 from factormix.cli.factor import factor
 from factormix.cli.generate import generate
 from factormix.cli.inspect import inspect
+from factormix.cli.show import show
 from factormix.cli.validate import validate
 from factormix.run.errors import FactorMixError
 
@@ -26,6 +27,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "bench": bench,
     "inspect": inspect,
+    "show": show,
     "validate": validate,
     "demo": demo,
 }

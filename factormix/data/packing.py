@@ -82,7 +82,7 @@ def pack(
         FactorMixError: too little text (with the numbers), a window that is too short or longer than the tokenizer
             says its model takes, or no BOS to put.
     """
-    prefix, suffix = _around(tokenizer, bos)
+    prefix, suffix = around(tokenizer, bos)
     inner = window - len(prefix) - len(suffix)
     limit = getattr(tokenizer, "model_max_length", None) or window
     if inner < 1:
@@ -119,7 +119,7 @@ def pack(
     return Packed(input_ids, scored, input_ids.numel(), digest)
 
 
-def _around(tokenizer: PreTrainedTokenizerBase, bos: bool | None) -> tuple[list[int], list[int]]:
+def around(tokenizer: PreTrainedTokenizerBase, bos: bool | None) -> tuple[list[int], list[int]]:
     """The ids that go before and after the text of every window."""
     probe = "a"
     plain = tokenizer(probe, add_special_tokens=False)["input_ids"]

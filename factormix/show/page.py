@@ -1,0 +1,121 @@
+"""The page: one HTML file with everything in it, which asks the network for nothing.
+
+The template's three files (page.html, page.css, page.js) lie in template/. The data stand in the page as JSON in which
+no character can end the script element, and page.js writes text as text only; a Content-Security-Policy forbids the
+rest. Router scores and domain weights are stored as 16-bit steps between a site's lowest and highest value.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from factormix.run.directory import atomic_path
+from factormix.run.errors import FactorMixError
+from factormix.show.pieces import TOKEN_KINDS, Token
+from factormix.show.summary import mean_of_domains, summarise
+from factormix.show.trace import SiteTrace, Trace
+
+STEPS = 65_535  # of a 16-bit number
+PART_MARK = "▪"  # the later tokens of one character
+
+
+def check_page(path: Path, overwrite: bool = False) -> None:
+    """Refuse a page that could not be written, or would replace something, before the model runs.
+
+    Raises:
+        FactorMixError: another suffix than .html, a directory, an existing file without `overwrite`, no such folder.
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise FactorMixError(f"page {str(path)!r} ends in {path.suffix!r}; allowed: .html and .htm.")
+    if path.is_dir():
+        raise FactorMixError(f"page {str(path)!r} is a directory; name a file in it.")
+    if path.exists() and not overwrite:
+        raise FactorMixError(f"page {str(path)!r} exists; choose another name, or replace it with --overwrite.")
+    if not path.absolute().parent.is_dir():
+        raise FactorMixError(f"page {str(path)!r}: there is no directory {str(path.parent)!r}; make it first.")
+
+
+def write_page(found: Trace, path: str | Path, title: str = "Routing", overwrite: bool = False) -> None:
+    """Write the page, whole or not at all.
+
+    Args:
+        found: what `trace` gave.
+        path: an .html file.
+        title: the heading, as plain text.
+        overwrite: replace an existing file.
+
+    Raises:
+        FactorMixError: see `check_page`.
+    """
+    check_page(Path(path), overwrite)
+    with atomic_path(path) as temporary:
+        temporary.write_text(render(found, title), encoding="utf-8")
+
+
+def render(found: Trace, title: str = "Routing") -> str:
+    """The page as a string."""
+    folder = resources.files("factormix.show").joinpath("template")
+    parts = {name: folder.joinpath(f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
+    fill = {"title": html.escape(title), "css": parts["css"], "js": parts["js"], "data": embed(payload(found, title))}
+    # One pass: a text that holds {{data}} itself is not filled again.
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: fill[match[1]], parts["html"])
+
+
+def embed(values: Any) -> str:
+    """JSON in ASCII that cannot end or open an HTML element wherever it stands."""
+    text = json.dumps(values, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def payload(found: Trace, title: str) -> dict[str, Any]:
+    """What page.js reads: the summary's numbers, the tokens, and each site's values and choices."""
+    numbers = summarise(found)
+    everywhere = mean_of_domains(found)
+    sites = [{**row, **_values(site)} for row, site in zip(numbers["sites"], found.sites, strict=True)]
+    return {
+        "title": title,
+        "whole": found.whole,
+        "groups": numbers["groups"],
+        "kinds": TOKEN_KINDS,
+        "tokens": [_token(token) for token in found.tokens],
+        "sites": sites,
+        "domains": None if everywhere is None else {**numbers["domains"], **_values(everywhere)},
+    }
+
+
+def _token(token: Token) -> list[Any]:
+    """Piece, gap, mark shown where there is no piece, kind, document, id."""
+    mark = "" if token.piece else PART_MARK if token.kind == "part of a character" else token.name
+    return [token.piece, token.gap, mark, TOKEN_KINDS.index(token.kind), token.document, token.id]
+
+
+def _values(site: SiteTrace) -> dict[str, Any]:
+    """A site's scores (experts) or weights (domains) (T, C) as `low + step * n`, and the chosen columns (T, K)."""
+    values = site.weights if site.scores is None else site.scores  # (T, C)
+    if not bool(values.isfinite().all()):
+        raise FactorMixError(
+            f"{site.path} gave a token NaN or infinity: the model's weights or activations hold them. Check the "
+            "checkpoint, or use --dtype float32."
+        )
+    low = float(values.min())
+    step = max((float(values.max()) - low) / STEPS, 1e-12)
+    steps = ((values.double() - low) / step).round().clamp(0, STEPS)  # (T, C)
+    return {
+        "low": low,
+        "step": step,
+        "values": _sixteen_bits(steps),
+        "chosen": None if site.chosen is None else _sixteen_bits(site.chosen),
+    }
+
+
+def _sixteen_bits(numbers: Tensor) -> str:
+    """Little-endian unsigned 16-bit numbers, row by row, in base64."""
+    return base64.b64encode(numbers.numpy().astype("<u2").tobytes()).decode("ascii")
