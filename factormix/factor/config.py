@@ -19,7 +19,11 @@ class HealConfig(Config):
     """
 
     tokens: int = option(0, help="training tokens; 0 leaves the model unhealed", minimum=0)
-    kl: float = option(1.0, help="weight of the logits' KL from the dense teacher", minimum=0)
+    kl: float = option(
+        1.0,
+        help="weight of the logits' KL from the dense teacher; without logits, of the states' distance",
+        minimum=0,
+    )
     ce: float = option(0.0, help="weight of the next-token cross-entropy", minimum=0)
     pa: float = option(0.0, help="weight of the PA loss on the routers (needs the dense FFN at every site)", minimum=0)
     balance: float = option(0.0, help="weight of the load balance across tokens", minimum=0)

@@ -2,6 +2,9 @@
 
     L = kl * KL(dense || sparse) + ce * CE + pa * PA + balance * load balance
 
+A model without a head over the vocabulary has no logits to compare: instead of the KL stands the distance of the last
+hidden states, |h - h_dense|^2 / |h_dense|^2, mean over tokens.
+
 Experts, shared neurons and routers train; embeddings, attention, norms and heads are frozen (and, when the student came
 from `factorize`, are the teacher's own tensors: the teacher costs its FFNs only).
 """
@@ -18,16 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from factormix.data.packing import Packed
 from factormix.factor.config import HealConfig
 from factormix.factor.fit import label_tokens
-from factormix.factor.losses import distillation, load_balance, router_loss
+from factormix.factor.lockstep import batches_of
+from factormix.factor.losses import distillation, hidden_distance, load_balance, router_loss
 from factormix.ffn import FFNSite, find_sites, isolate
-from factormix.nn import FactorMixMixin, SparseFFN
+from factormix.nn import FactorMixMixin, SparseFFN, base_class
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 from factormix.train import LoopConfig, bf16_pays, train
+
+_NEXT = {
+    *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+    *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
+}
+_SPEAKING = _NEXT | set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())  # classes with a vocabulary head
 
 
 def heal(
@@ -58,12 +69,18 @@ def heal(
         seconds, tokens, peak_bytes, params_trained, metrics (loss parts by step).
 
     Raises:
-        FactorMixError: no loss weight above 0, a student that is not sparse, NaN in the loss.
+        FactorMixError: no loss weight above 0, CE for a model that predicts no next token, a student that is not
+            sparse, NaN in the loss.
     """
     if not isinstance(student, FactorMixMixin):
         raise FactorMixError(f"healing needs a FactorMix model; {type(student).__name__} has no sparse FFN.")
     if not (config.kl or config.ce or config.pa or config.balance):
         raise FactorMixError("healing with kl, ce, pa and balance all 0 trains nothing; give one a weight.")
+    if config.ce and not _predicts_next(student):
+        raise FactorMixError(
+            f"healing with ce {config.ce} needs a model that predicts the next token; {type(student).__name__} does "
+            "not. Use ce 0: the distance from the dense model is enough."
+        )
     rates = {}
     for name, module in student.named_modules():
         if isinstance(module, SparseFFN):
@@ -89,21 +106,31 @@ class HealingLoss:
         self.student, self.teacher, self.config = student, teacher, config
         self.label, self.pa_form = label, pa_form
         self.bf16 = bf16_pays(teacher.device)
+        self.speaks = base_class(student).__name__ in _SPEAKING
         self._seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by site: x (T, H), scores (T, R), chosen (T, K)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """input_ids (B, L), scored (B, L) -> scalars "kl", "ce", "pa", "balance", those that have a weight."""
-        ids, scored, config = batch["input_ids"], batch["scored"], self.config
-        logits = model(input_ids=ids, use_cache=False).logits  # (B, L, V)
-        counted = scored[:, 1:]  # (B, L-1), position l predicts token l + 1
+        """input_ids (B, L), scored (B, L) -> scalars "kl" (or "hidden"), "ce", "pa", "balance" with a weight."""
+        config = self.config
+        (arguments,) = batches_of(self.student, batch["input_ids"], len(batch["input_ids"]))
+        ids = arguments.get("decoder_input_ids", arguments["input_ids"])  # (B, L), or its second half
+        scored = batch["scored"][:, -ids.shape[1] :]
+        out = model(**arguments, output_hidden_states=not self.speaks)
+        counted = scored[:, 1:] if _predicts_next(self.student) else scored  # position l predicts token l + 1, or l
         parts: dict[str, Tensor] = {}
         if config.kl:
             with torch.no_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
-                dense = self.teacher(input_ids=ids, use_cache=False).logits  # (B, L, V)
-            parts["kl"] = config.kl * distillation(logits[:, :-1], dense[:, :-1], counted)
+                dense = self.teacher(**arguments, output_hidden_states=not self.speaks)
+            if self.speaks:
+                length = counted.shape[1]
+                parts["kl"] = config.kl * distillation(out.logits[:, :length], dense.logits[:, :length], counted)
+            else:
+                parts["hidden"] = config.kl * hidden_distance(_last(out), _last(dense), scored)
         if config.ce:
-            parts["ce"] = config.ce * nn.functional.cross_entropy(logits[:, :-1][counted].float(), ids[:, 1:][counted])
-        text = scored.flatten()  # (T,)
+            found = out.logits[:, :-1][counted].float()  # (T, V)
+            parts["ce"] = config.ce * nn.functional.cross_entropy(found, ids[:, 1:][counted])
+        # (T,); of an encoder-decoder, whose two stacks see different tokens, all
+        text = slice(None) if self.student.config.is_encoder_decoder else scored.flatten()
         if config.pa:
             parts["pa"] = config.pa * self._mean(lambda site, x, z, chosen: self._pa(site, x[text], z[text]))
         if config.balance:
@@ -148,3 +175,13 @@ class HealingLoss:
     @cached_property
     def _sites(self) -> dict[int, FFNSite]:
         return {site.index: site for site in find_sites(self.teacher)}
+
+
+def _predicts_next(model: PreTrainedModel) -> bool:
+    return base_class(model).__name__ in _NEXT
+
+
+def _last(output: Any) -> Tensor:
+    """The last hidden state (B, L, H) of a model's output, whatever its head."""
+    states = output.get("hidden_states") or output.get("decoder_hidden_states")
+    return states[-1] if states else output.last_hidden_state  # type: ignore[no-any-return]

@@ -61,6 +61,12 @@ def load_balance(scores: Tensor, chosen: Tensor) -> Tensor:
     return routed * (share * scores.softmax(1).mean(0)).sum()
 
 
+def hidden_distance(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
+    """Mean over counted tokens of |h - h'|^2 / |h'|^2; states (B, L, H), counted (B, L) bool."""
+    h, wanted = student[counted].float(), teacher[counted].float()  # (T, H) each
+    return ((h - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)).mean()
+
+
 def distillation(student: Tensor, teacher: Tensor, scored: Tensor) -> Tensor:
     """Mean over scored tokens of KL(teacher || student) of next-token distributions.
 

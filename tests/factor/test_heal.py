@@ -12,6 +12,7 @@ from factormix import FactorMixError
 from factormix.factor.config import FactorConfig, HealConfig
 from factormix.factor.factorize import factorize, work_directory
 from factormix.factor.heal import HealingLoss, heal
+from factormix.factor.losses import hidden_distance
 from factormix.run.workdir import WorkDirectory
 from factormix.train.loop import last_checkpoint
 from tests.factor.test_factorize import QUICK, windows
@@ -85,6 +86,45 @@ def test_healing_lowers_the_loss_and_trains_sparse_ffns_only() -> None:
     assert history[-1]["kl"] < history[0]["kl"]
     assert done["tokens"] == 2048
     assert done["params_trained"] == sum(p.numel() for n, p in sparse.named_parameters() if ".mlp." in n)
+
+
+OTHER_HEADS = {
+    "bert": "kl", "albert": "kl", "distilbert": "kl", "modernbert": "kl", "t5-gated": "kl",
+    "bert-base": "hidden", "bert-classify": "hidden", "t5-encoder": "hidden",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHER_HEADS)
+def test_models_that_are_not_causal_heal_too(family: str) -> None:
+    dense = tiny_model(family)
+    sparse = factorize(dense, FactorConfig.parse("S1A1E4", layer_fit=False, **QUICK), windows(), quiet=True)
+    config = STEPS.replace(tokens=4096, lr=5e-4, kl=10.0, pa=0.1, balance=0.01, save_steps=100)
+    loss, part = HealingLoss(sparse, dense, STEPS, "joint", "pa"), OTHER_HEADS[family]
+    loss.bf16 = False  # the teacher's rounding is as large as what is left of the smallest of these
+    with torch.no_grad():
+        before = loss(sparse, batch(16))[part]
+    history = heal(sparse, dense, windows(64), config, quiet=True)["metrics"]["history"]
+    assert set(history[0]) == {"step", part, "pa", "balance"}
+    with torch.no_grad():
+        after = loss(sparse, batch(16))[part]
+    assert 0 < after < 0.98 * before
+
+
+def test_the_distance_of_hidden_states_is_relative_and_counts_no_padding() -> None:
+    teacher = torch.randn(2, 5, 8)
+    counted = torch.ones(2, 5, dtype=torch.bool)
+    assert torch.allclose(hidden_distance(1.5 * teacher, teacher, counted), torch.tensor(0.25))
+    counted[:, 3:] = False
+    moved = teacher.clone()
+    moved[:, 3:] += 100
+    assert hidden_distance(moved, teacher, counted) == 0
+
+
+def test_ce_is_refused_where_nothing_predicts_the_next_token() -> None:
+    dense = tiny_model("bert-base")
+    sparse = factorize(dense, FactorConfig.parse("S1A1E4", layer_fit=False, **QUICK), windows(), quiet=True)
+    with pytest.raises(FactorMixError, match="ce 1.0 needs a model that predicts the next token; FactorMixBertModel"):
+        heal(sparse, dense, windows(), STEPS.replace(ce=1.0), quiet=True)
 
 
 def test_a_killed_healing_goes_on_from_its_last_whole_checkpoint(tmp_path: Path) -> None:
