@@ -30,6 +30,7 @@ class DomainFFN(nn.Module):
         gate: over the domains it names, or None.
         fixed_weights: weight of each domain that no gate weighs.
         active_domains: which adapters run, in order.
+        use_count: how many times a token crosses the FFN in a forward pass (ALBERT's: several).
     """
 
     def __init__(self, base: nn.Module, site: FFNSite) -> None:
@@ -39,6 +40,7 @@ class DomainFFN(nn.Module):
         self.gate: DomainGate | None = None
         self.fixed_weights: dict[str, float] = {}
         self._active: list[str] = []
+        self.use_count = site.use_count
         self._down = None if isinstance(base, SparseFFN) else _down_path(site)
 
     @property
