@@ -122,7 +122,11 @@ def fact_of(prompt: str, target: str, tokenizer: PreTrainedTokenizerBase, window
     if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id] and tokenizer.cls_token_id is None:
         ids, counted = [tokenizer.bos_token_id, *ids], [False, *counted]  # as windows begin
     if not any(counted) or len(ids) > window:
-        why = f"is {len(ids)} tokens, more than a window of {window}" if len(ids) > window else "gives its object no token"
+        why = (
+            f"is {len(ids)} tokens, more than a window of {window}"
+            if len(ids) > window
+            else "gives its object no token"
+        )
         raise FactorMixError(f"structured knowledge {before + target + after!r} {why}.")
     return Fact(ids, counted)
 

@@ -29,7 +29,10 @@ class InjectConfig(Config):
     width: int | None = option(None, help="neurons of an adapter; decides alone where given", minimum=1)
     reduction: float | None = option(None, help="instead of width: hidden size / reduction neurons", minimum=1)
     budget: float = option(
-        0.004, help="without width and reduction: parameters of a domain, as a share of the model's", minimum=0, maximum=1
+        0.004,
+        help="without width and reduction: parameters of a domain, as a share of the model's",
+        minimum=0,
+        maximum=1,
     )
     knowledge_weight: float = option(0.5, help="lambda, the weight of the knowledge loss L_K", minimum=0)
     old_knowledge: str = option(

@@ -100,7 +100,7 @@ class MixDAModel(BaseTuner):
             self.mixda_sites = sites_of(cast(PreTrainedModel, self.model))
         return self.mixda_sites
 
-    def _prepare_adapter_config(self, peft_config: MixDAConfig, model_config: dict[str, Any]) -> MixDAConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> MixDAConfig:
         sizes = self._sizes(peft_config)
         specs = {str(index): spec.to_dict() for index, spec in sizes.specs.items()}
         if peft_config.sites is not None and peft_config.sites != specs:
@@ -112,31 +112,31 @@ class MixDAModel(BaseTuner):
         peft_config.layers, peft_config.width = list(sizes.layers), sizes.width
         peft_config.sites, peft_config.reduction = specs, None
         peft_config.target_modules = [site.name for site in sizes.sites]
-        return peft_config
+        return cast(MixDAConfig, peft_config)
 
     def _sizes(self, config: MixDAConfig) -> Sizes:
         names = ("form", "reads", "layers", "width", "reduction", "budget")
         own = sum(p.numel() for n, p in self.model.named_parameters() if f".{PREFIX}" not in n)
         return adapter_sizes(self._sites_of_base(), own, **{name: getattr(config, name) for name in names})
 
-    def _prepare_model(self, peft_config: MixDAConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         for site in self._sites_of_base():
             if site.name in (peft_config.target_modules or ()):
                 isolate(model, site)
 
     @staticmethod
-    def _check_target_module_exists(peft_config: MixDAConfig, key: str) -> bool:
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
         return key in (peft_config.target_modules or ())
 
     def _create_and_replace(
         self,
-        peft_config: MixDAConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **unused: Any,
+        parameter_name: str | None = None,
     ) -> None:
         site = next(site for site in self._sites_of_base() if site.name == current_key)
         layer = target if isinstance(target, MixDALayer) else MixDALayer(target, site)

@@ -135,7 +135,7 @@ def adapter_sizes(
         width = max(1, int(chosen[0].hidden / reduction))
     if width is None:
         one, two = (sum(spec(site, r).parameters for site in chosen) for r in (1, 2))
-        fits = int((budget * model_parameters - (2 * one - two)) // (two - one))  # parameters grow by two - one a neuron
+        fits = int((budget * model_parameters - (2 * one - two)) // (two - one))  # two - one: of a neuron
         if fits < 1:
             raise FactorMixError(
                 f"budget {budget} of {model_parameters:,} parameters is {int(budget * model_parameters):,}; one neuron "

@@ -2,8 +2,8 @@
 
     y = g_0(x) F(x) + sum over active domains d of  g_d(x) A_d(x)            (MixDA, section 3)
 
-Without a gate g_0 is 1 and g_d is the domain's fixed weight. With no active domain the FFN runs alone and y is F(x), bit
-for bit. Swapped in with ``ffn.swap``, it serves every family of the table.
+Without a gate g_0 is 1 and g_d is the domain's fixed weight. With no active domain the FFN runs alone and y is F(x),
+bit for bit. Swapped in with ``ffn.swap``, it serves every family of the table.
 """
 
 from __future__ import annotations
