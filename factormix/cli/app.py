@@ -16,7 +16,9 @@ from factormix.cli.demo import demo
 from factormix.cli.eval import evaluate
 from factormix.cli.factor import factor
 from factormix.cli.generate import generate
+from factormix.cli.inject import inject
 from factormix.cli.inspect import inspect
+from factormix.cli.merge import merge
 from factormix.cli.validate import validate
 from factormix.run.errors import FactorMixError
 
@@ -25,6 +27,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": evaluate,
     "generate": generate,
     "bench": bench,
+    "inject": inject,
+    "merge": merge,
     "inspect": inspect,
     "validate": validate,
     "demo": demo,
@@ -59,7 +63,7 @@ def _message(error: Exception) -> str | None:
 app = typer.Typer(
     cls=_Group,
     name="factormix",
-    help="Make a trained transformer's feed-forward networks sparse, and prove what was gained and lost.",
+    help="Make a trained transformer's feed-forward networks sparse, inject domain knowledge, and prove what was gained and lost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
