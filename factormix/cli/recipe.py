@@ -55,7 +55,7 @@ class _Recipe(Config):
             FactorMixError: an unknown key (with the nearest), a value that cannot be.
         """
         own, options = cls.split(values)
-        return cls(**own, config=cls.config_class().from_dict(options))
+        return cls.from_dict({**own, "config": cls.config_class().from_dict(options)})
 
     @classmethod
     def open(cls, path: Path | None, flags: Mapping[str, Any]) -> Self:

@@ -174,7 +174,7 @@ ASSETS: dict[str, Asset] = {
                 ),
             ),
             convert_pubmed,
-            "National Library of Medicine, terms of MEDLINE/PubMed; some abstracts are under their publishers' copyright",
+            "terms of the National Library of Medicine; some abstracts are under their publishers' copyright",
             "PubMed titles and abstracts, biomedical",
             ("pubmed-train.txt", "pubmed-dev.txt", "pubmed-test.txt"),
         ),

@@ -1,4 +1,4 @@
-"""Append neurons to a dense FFN, in place: y gains the new neurons' outputs, and stock transformers can hold the result.
+"""Append neurons to a dense FFN, in place: y gains their outputs, and stock transformers can hold the result.
 
 A config says one inner width for all layers, so every FFN is widened alike; zero neurons fill up what has none to add.
 """

@@ -65,8 +65,8 @@ def merge(model: PreTrainedModel, adapters: Sequence[tuple[str | Path, float]]) 
     sites = {site.index: site for site in sites_of(model)}
     parts: dict[int, list[FFNWeights]] = {}
     for folder, weight in adapters:
-        for index, neurons in read_neurons(folder, weight, sites).items():
-            parts.setdefault(index, []).append(neurons)
+        for index, of_adapter in read_neurons(folder, weight, sites).items():
+            parts.setdefault(index, []).append(of_adapter)
     extra = {sites[index]: _joined(of_site) for index, of_site in sorted(parts.items())}
     before = model.num_parameters()
     if isinstance(model, FactorMixMixin):
@@ -93,7 +93,7 @@ def read_neurons(folder: str | Path, weight: float, sites: Mapping[int, FFNSite]
     """
     config = read_adapter_config(folder)
     tensors = load_file(Path(folder) / WEIGHTS)
-    found = {}
+    found: dict[int, FFNWeights] = {}
     for key, shapes in (config.sites or {}).items():
         spec, site = DomainAdapterSpec(**shapes), sites.get(int(key))
         if site is None or (site.hidden, site.name) != (spec.hidden, _path(config.target_modules, len(found))):
