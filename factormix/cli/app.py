@@ -63,7 +63,7 @@ def _message(error: Exception) -> str | None:
 app = typer.Typer(
     cls=_Group,
     name="factormix",
-    help="Make a trained transformer's feed-forward networks sparse, inject domain knowledge, and prove what was gained and lost.",
+    help="Make a trained transformer's FFNs sparse, inject domain knowledge, and prove what was gained and lost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

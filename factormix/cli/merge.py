@@ -33,7 +33,7 @@ def merge(
     quiet: options.Quiet = False,
     json: options.Json = None,
 ) -> None:
-    """Append the neurons of domain adapters to MODEL's FFNs: a plain checkpoint, or of a sparse MODEL a FactorMix one."""
+    """Append the neurons of domain adapters to MODEL's FFNs, and write the wider model as MODEL's own kind."""
     if not adapter or out is None:
         raise FactorMixError("merge needs --adapter DIR and -o DIR.")
     weights = list(weight or [1.0] * len(adapter))

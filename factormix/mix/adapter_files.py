@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from factormix.mix.peft_tuner import MixDAConfig, assert_trainable
@@ -79,6 +79,7 @@ def load_adapters(model: PreTrainedModel, folders: Mapping[str, str | Path]) -> 
     for name, folder in folders.items():
         check_domain(name)
         read_adapter_config(folder)
+        saved = set(load_file(Path(folder) / WEIGHTS))
         try:
             if adapted is None:
                 adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
@@ -88,6 +89,12 @@ def load_adapters(model: PreTrainedModel, folders: Mapping[str, str | Path]) -> 
             if isinstance(error, FactorMixError):
                 raise
             raise FactorMixError(f"adapter {str(folder)!r} cannot be loaded: {error}") from error
+        wanted = set(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
+        if saved != wanted:  # PEFT only warns, and leaves a fresh adapter there
+            raise FactorMixError(
+                f"{str(Path(folder) / WEIGHTS)!r} does not hold this adapter's tensors: missing "
+                f"{sorted(wanted - saved)[:3]}, unexpected {sorted(saved - wanted)[:3]}. Copy or make it anew."
+            )
     if adapted is None:
         raise FactorMixError("no adapter given.")
     cast(Any, adapted.base_model).set_adapter(list(folders))

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from factormix.ffn import FFNSite, isolate
 from factormix.mix.peft_enum import mixda_type
 from factormix.mix.sizes import Sizes, adapter_sizes, sites_of
-from factormix.nn import DomainAdapter, DomainFFN
+from factormix.nn import DomainFFN
 from factormix.run.errors import FactorMixError, choose
 
 PREFIX = "mixda_"
@@ -141,7 +141,7 @@ class MixDAModel(BaseTuner):
         site = next(site for site in self._sites_of_base() if site.name == current_key)
         layer = target if isinstance(target, MixDALayer) else MixDALayer(target, site)
         sizes = self._sizes(peft_config)
-        adapter = DomainAdapter(sizes.specs[site.index])
+        adapter = layer.fresh(sizes.specs[site.index])
         adapter.requires_grad_(not peft_config.inference_mode).train(target.training)
         layer.add(adapter_name, adapter, peft_config.weight)
         if layer is not target:

@@ -111,9 +111,14 @@ class DomainAdapter(nn.Module):
         self.reset()
 
     @torch.no_grad()
-    def reset(self) -> None:
-        """A fresh adapter: rows of in_proj of unit expected norm, everything else zero."""
-        nn.init.normal_(self.in_proj, std=self.spec.source**-0.5)
+    def reset(self, std: float | None = None) -> None:
+        """A fresh adapter: in_proj normal, everything else zero.
+
+        Args:
+            std: of in_proj's entries; by default source ** -0.5, rows of unit expected norm. An adapter that reads an
+                FFN's input should have the FFN's own: that input is small where the FFN's rows are large.
+        """
+        nn.init.normal_(self.in_proj, std=self.spec.source**-0.5 if std is None else std)
         for parameter in (self.in_bias, self.out_proj, self.out_bias):
             if parameter is not None:
                 parameter.zero_()

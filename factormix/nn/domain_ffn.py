@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from factormix.ffn import FFNSite
-from factormix.nn.domain_adapter import DomainAdapter
+from factormix.nn.domain_adapter import DomainAdapter, DomainAdapterSpec
 from factormix.nn.domain_gate import DomainGate
 from factormix.nn.sparse_ffn import SparseFFN
 from factormix.run.errors import FactorMixError, choose
@@ -41,7 +42,7 @@ class DomainFFN(nn.Module):
         self.fixed_weights: dict[str, float] = {}
         self._active: list[str] = []
         self.use_count = site.use_count
-        self._down = None if isinstance(base, SparseFFN) else _down_path(site)
+        self._up, self._down = ("", "") if isinstance(base, SparseFFN) else _paths(site)
 
     @property
     def active_domains(self) -> list[str]:
@@ -62,6 +63,25 @@ class DomainFFN(nn.Module):
         self.mixda_adapters[domain] = adapter
         self.fixed_weights[domain] = weight
         self._active = [*self._active, domain]
+
+    @torch.no_grad()
+    def fresh(self, spec: DomainAdapterSpec) -> DomainAdapter:
+        """A new adapter for this FFN, not yet beside it. One that reads the FFN's input gets rows as large as the up
+        projection's, so that its neurons start as active as the FFN's own."""
+        adapter = DomainAdapter(spec)
+        up = self._up_weight()
+        if spec.reads == "input" and up.device.type != "meta" and adapter.in_proj.device.type != "meta":
+            adapter.reset(float(up.float().square().mean().sqrt()))
+        return adapter
+
+    def _up_weight(self) -> Tensor:
+        ffn = self.base_layer
+        if not isinstance(ffn, SparseFFN):
+            return cast(Tensor, ffn.get_submodule(self._up).weight)
+        if ffn.shared is not None:
+            return ffn.shared.up_proj.weight
+        assert ffn.experts is not None  # Layout refuses an FFN without neurons
+        return cast(Tensor, ffn.experts.packed().up)
 
     def activate(self, domains: list[str]) -> None:
         """Run these adapters and no others.
@@ -113,14 +133,14 @@ class DomainFFN(nn.Module):
         if isinstance(self.base_layer, SparseFFN):
             return self.base_layer(x), self.base_layer.active_neurons(x)
         seen: list[Tensor] = []
-        with _reading_input(self.base_layer.get_submodule(cast(str, self._down)), seen):
+        with _reading_input(self.base_layer.get_submodule(self._down), seen):
             y = self.base_layer(x)
         return y, seen[0]
 
 
-def _down_path(site: FFNSite) -> str:
-    """Where the down projection is below the FFN's one module; `isolate` calls it "down"."""
-    return site.layout.down if site.kind == "module" else "down"
+def _paths(site: FFNSite) -> tuple[str, str]:
+    """Where the up and the down projection are below the dense FFN's one module; `isolate` names them so."""
+    return (site.layout.up, site.layout.down) if site.kind == "module" else ("up", "down")
 
 
 @contextmanager
