@@ -145,7 +145,11 @@ class MixDAModel(BaseTuner):
         adapter.requires_grad_(not peft_config.inference_mode).train(target.training)
         layer.add(adapter_name, adapter, peft_config.weight)
         if layer is not target:
-            setattr(parent, target_name, layer.train(target.training))
+            self._replace_module(parent, target_name, layer.train(target.training), target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's own looks for the one weight of a Linear; an FFN goes as a whole."""
+        setattr(parent, child_name, new_module)
 
 
 def _first_difference(wanted: dict[str, Any], found: dict[str, Any]) -> tuple[str, str]:
