@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -11,7 +12,6 @@ from factormix.mix.config import InjectConfig
 from factormix.mix.losses import InjectionLoss
 from factormix.mix.peft_tuner import MixDAConfig, adapter_names
 from factormix.nn import DomainFFN
-from peft import PeftModel, get_peft_model
 from tests.families import tiny_output
 from tests.mix.adapted import FORMS, adapted, base_model
 
