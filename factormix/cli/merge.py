@@ -42,7 +42,7 @@ def merge(
     check_output(out, overwrite)
     options.check_json(json)
     from factormix.mix.adapter_files import WEIGHTS, read_adapter_config
-    from factormix.mix.merge import merge as merge_into
+    from factormix.mix.merge import merge_adapters
 
     for folder in adapter:
         read_adapter_config(folder)
@@ -52,7 +52,7 @@ def merge(
     hashes = {folder: sha256(Path(folder) / WEIGHTS) for folder in adapter}
     record = RunRecord(shlex.join(["factormix", "merge", model, *words, "-o", str(out)]), data=hashes, dtype=dtype)
     with record.phase("merge"):
-        merged = merge_into(base, list(zip(adapter, weights)))
+        merged = merge_adapters(base, list(zip(adapter, weights)))
     record.metrics = asdict(merged)
     _save(base, tokenizer, out, overwrite, record.to_dict())
     options.put_json(json, {"schema_version": SCHEMA_VERSION, **asdict(merged)})

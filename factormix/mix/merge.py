@@ -52,7 +52,7 @@ class Merged:
         )
 
 
-def merge(model: PreTrainedModel, adapters: Sequence[tuple[str | Path, float]]) -> Merged:
+def merge_adapters(model: PreTrainedModel, adapters: Sequence[tuple[str | Path, float]]) -> Merged:
     """Merge adapter directories into a dense or FactorMix model, in place.
 
     Args:

@@ -10,7 +10,7 @@ import transformers
 
 from factormix import FactorMixError, load
 from factormix.mix.adapter_files import load_adapters
-from factormix.mix.merge import merge
+from factormix.mix.merge import merge_adapters
 from factormix.nn import DomainFFN
 from tests.families import TINY, tiny_output
 from tests.mix.adapted import base_model, saved
@@ -26,7 +26,7 @@ def test_merged_equals_unmerged_in_every_family(family: str, sparse: bool, tmp_p
     want = tiny_output(model)
     assert (want - base).norm() / base.norm() > 0.01
     wide = base_model(family, sparse)
-    merged = merge(wide, [(folder, 1.0)])
+    merged = merge_adapters(wide, [(folder, 1.0)])
     wide.save_pretrained(str(tmp_path / "wide"))
     stock = load(tmp_path / "wide") if sparse else TINY[family].model.from_pretrained(tmp_path / "wide")
     for each in (wide, stock):
@@ -46,27 +46,27 @@ def test_weights_and_several_adapters(tmp_path: Path) -> None:
             layer.fixed_weights["one-1"] = 0.25 if "one-1" in layer.fixed_weights else 1.0
     want = tiny_output(model)
     wide = base_model("llama")
-    merge(wide, [(one, 0.25), (two, 1.0)])
+    merge_adapters(wide, [(one, 0.25), (two, 1.0)])
     assert (tiny_output(wide) - want).norm() / want.norm() < 1e-5
 
 
 def test_the_numbers_of_a_dense_and_a_factored_model(tmp_path: Path) -> None:
     folder = saved(tmp_path, base_model("llama"))
     wide = base_model("llama")
-    merged = merge(wide, [(folder, 1.0)])
+    merged = merge_adapters(wide, [(folder, 1.0)])
     # 64 + 8 neurons become 96, a multiple of 32, in both layers: 32 each, 3 matrices of H = 32
     assert (merged.inner, merged.neurons, merged.zero_neurons) == (96, 8, 56)
     assert merged.parameters == 2 * 32 * 3 * 32 and merged.flops_per_token == 2 * merged.parameters
     assert wide.config.intermediate_size == 96 and "56 zero neurons" in str(merged)
     sparse = base_model("llama", sparse=True)  # S1A1E4, slices of 16
-    merged = merge(sparse, [(folder, 1.0)])
+    merged = merge_adapters(sparse, [(folder, 1.0)])
     assert (merged.inner, merged.neurons, merged.zero_neurons) == (80, 8, 8)
     assert sparse.config.factormix["sites"]["0"]["shared"] == 2 and sparse.config.factormix["sites"]["1"]["shared"] == 1
 
 
 def test_the_checkpoint_is_an_ordinary_one(tmp_path: Path) -> None:
     wide = base_model("qwen2")
-    merge(wide, [(saved(tmp_path, base_model("qwen2")), 1.0)])
+    merge_adapters(wide, [(saved(tmp_path, base_model("qwen2")), 1.0)])
     wide.save_pretrained(tmp_path / "wide")
     text = (tmp_path / "wide" / "config.json").read_text()
     assert "factormix" not in text.lower() and "mixda" not in text.lower()
@@ -77,7 +77,7 @@ def test_a_bottleneck_on_an_ffn_of_its_own_kind_merges(tmp_path: Path) -> None:
     model = base_model("bert")  # plain, GELU, with both biases: so is a bottleneck that reads the input
     folder = saved(tmp_path, model, form="bottleneck-input")
     want, wide = tiny_output(model), base_model("bert")
-    merge(wide, [(folder, 0.5), (folder, 0.5)])
+    merge_adapters(wide, [(folder, 0.5), (folder, 0.5)])
     assert (tiny_output(wide) - want).norm() / want.norm() < 1e-5
 
 
@@ -95,21 +95,21 @@ def test_what_does_not_merge_exactly_is_refused_with_the_reason(
 ) -> None:
     folder = saved(tmp_path, base_model(family), form=form)
     with pytest.raises(FactorMixError, match=f"does not merge exactly: {why}"):
-        merge(base_model(family), [(folder, 1.0)])
+        merge_adapters(base_model(family), [(folder, 1.0)])
     with pytest.raises(FactorMixError, match="does not merge exactly"):
-        merge(base_model(family, sparse=True), [(folder, 1.0)])
+        merge_adapters(base_model(family, sparse=True), [(folder, 1.0)])
 
 
 def test_the_papers_gate_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path, base_model("llama"))
     with pytest.raises(FactorMixError, match="multiplies every expert by E / K"):
-        merge(sparsify(base_model("llama"), "S0A2E4", gate="paper"), [(folder, 1.0)])
+        merge_adapters(sparsify(base_model("llama"), "S0A2E4", gate="paper"), [(folder, 1.0)])
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path, base_model("bert"))
     with pytest.raises(FactorMixError, match="made for another model"):
-        merge(base_model("llama"), [(folder, 1.0)])
+        merge_adapters(base_model("llama"), [(folder, 1.0)])
 
 
 def test_a_config_without_one_width_is_refused_and_left_alone(tmp_path: Path) -> None:
@@ -117,5 +117,5 @@ def test_a_config_without_one_width_is_refused_and_left_alone(tmp_path: Path) ->
     model = base_model("llama")
     model.config.intermediate_size = 63  # says another width than the FFNs have
     with pytest.raises(FactorMixError, match="no single field for the FFNs' width 64"):
-        merge(model, [(folder, 1.0)])
+        merge_adapters(model, [(folder, 1.0)])
     assert model.config.intermediate_size == 63 and torch.equal(tiny_output(model), tiny_output(base_model("llama")))
