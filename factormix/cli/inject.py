@@ -94,6 +94,9 @@ def inject(
             paths, [str(path) for path in general], tokenizer,
             window=_window(config.window, base), tokens=config.tokens, seed=config.seed,
         )  # fmt: skip
+    held = len(micro) * micro.tokens
+    if held < config.tokens:
+        say(f"the knowledge fills {held:,} tokens; it is read {config.tokens / held:.1f} times.", quiet)
     work = _work(run, {**data, "model": identity(source, base.config), "dtype": dtype}, overwrite, quiet)
     try:
         with record.phase("train"):
