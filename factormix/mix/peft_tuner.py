@@ -147,6 +147,18 @@ class MixDAModel(BaseTuner):
         if layer is not target:
             self._replace_module(parent, target_name, layer.train(target.training), target)
 
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Any],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Any]:
+        """One adapter's tensors; a gate at the same site is no part of any of them."""
+        return {name: tensor for name, tensor in state_dict.items() if f".mixda_adapters.{adapter_name}." in name}
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """PEFT's own looks for the one weight of a Linear; an FFN goes as a whole."""
         setattr(parent, child_name, new_module)

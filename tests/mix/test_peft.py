@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 
+import factormix.mix
 from factormix import FactorMixError
 from factormix.mix.adapter_files import load_adapters, save_adapter
 from factormix.mix.peft_enum import mixda_type
 from factormix.mix.peft_tuner import MixDAConfig, adapter_names, assert_trainable, trainable_names
-from factormix.nn import DomainFFN
+from factormix.nn import DomainFFN, DomainGate
 from tests.families import tiny_output
 from tests.mix.adapted import FORMS, adapted, base_model, randomise, saved
 
@@ -173,6 +175,26 @@ def test_a_bfloat16_base_keeps_its_dtype_and_the_adapter_trains_in_float32() -> 
     dtypes = {p.dtype for n, p in wrapped.named_parameters() if "mixda" in n}
     assert dtypes == {torch.float32} and model.lm_head.weight.dtype == torch.bfloat16
     assert tiny_output(model).dtype == torch.bfloat16
+
+
+def test_a_gate_is_no_part_of_an_adapter(tmp_path: Path) -> None:
+    model = base_model("llama")
+    wrapped = adapted(model)
+    for layer in model.modules():
+        if isinstance(layer, DomainFFN):
+            layer.set_gate(DomainGate(32, ["pubmed"]))
+    save_adapter(wrapped, "pubmed", tmp_path / "pubmed")
+    wrapped.save_pretrained(str(tmp_path / "theirs"))
+    for folder in (tmp_path / "pubmed", tmp_path / "theirs" / "pubmed"):
+        names = {name.rpartition(".")[2] for name in load_file(folder / "adapter_model.safetensors")}
+        assert names == {"in_proj", "out_proj"}
+
+
+@pytest.mark.parametrize("name", factormix.mix.__all__)
+def test_public_names_are_there_and_explained(name: str) -> None:
+    assert (inspect.getdoc(getattr(factormix.mix, name)) or "").strip()
+    with pytest.raises(AttributeError, match="no attribute 'blend'"):
+        _ = factormix.mix.blend
 
 
 def test_merging_in_place_is_refused() -> None:
