@@ -222,6 +222,14 @@ def read_config(folder: Path) -> FactorMixConfig:
     return config
 
 
+def empty(config: FactorMixConfig) -> PreTrainedModel:
+    """The model of a FactorMix directory's config on the meta device: every shape, no weights."""
+    base_config = CONFIG_MAPPING[config.base_config["model_type"]].from_dict(config.base_config)
+    base_config.factormix = config.factormix
+    with torch.device("meta"):
+        return factormix_class(_architecture(config.architecture, Path()))(base_config)
+
+
 def verify(folder: Path) -> None:
     """Compare every file with hashes.json.
 

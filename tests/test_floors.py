@@ -95,7 +95,7 @@ def test_no_circle() -> None:
         ("factormix.ffn.site", "from factormix import checkpoint", "factormix.checkpoint", True),
         ("factormix.ffn.site", "from ..experts import packed", "factormix.experts.packed", True),
         ("factormix.ffn.site", "from factormix import load", "factormix", True),
-        ("factormix.factor.fit", "from factormix.mix import stage1", "factormix.mix", True),
+        ("factormix.factor.fit", "from factormix.mix import stage1", "factormix.mix.stage1", True),
         (
             "factormix.evaluate.suite",
             "if TYPE_CHECKING:\n    from factormix.train import train",

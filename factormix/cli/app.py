@@ -16,7 +16,9 @@ from factormix.cli.demo import demo
 from factormix.cli.eval import evaluate
 from factormix.cli.factor import factor
 from factormix.cli.generate import generate
+from factormix.cli.inject import inject
 from factormix.cli.inspect import inspect
+from factormix.cli.merge import merge
 from factormix.cli.show import show
 from factormix.cli.validate import validate
 from factormix.run.errors import FactorMixError
@@ -26,6 +28,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": evaluate,
     "generate": generate,
     "bench": bench,
+    "inject": inject,
+    "merge": merge,
     "inspect": inspect,
     "show": show,
     "validate": validate,
@@ -61,7 +65,7 @@ def _message(error: Exception) -> str | None:
 app = typer.Typer(
     cls=_Group,
     name="factormix",
-    help="Make a trained transformer's feed-forward networks sparse, and prove what was gained and lost.",
+    help="Make a trained transformer's FFNs sparse, inject domain knowledge, and prove what was gained and lost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

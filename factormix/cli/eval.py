@@ -11,7 +11,7 @@ import typer
 from transformers import PreTrainedTokenizerBase
 
 from factormix.cli import options
-from factormix.cli.models import locate, locate_text, open_model, open_tokenizer
+from factormix.cli.models import locate, locate_text, open_adapted, open_model, open_tokenizer
 from factormix.data.packing import Packed, pack
 from factormix.data.text import Documents, read_documents
 from factormix.evaluate.suite import Evaluation
@@ -30,6 +30,7 @@ Window = Annotated[int, typer.Option("--window", help="tokens a window; the docu
 def evaluate(
     model: options.Model,
     against: options.Against = None,
+    adapter: options.Adapter = None,
     text: options.Text = None,
     tokens: Tokens = 16_384,
     in_domain: InDomain = None,
@@ -49,7 +50,7 @@ def evaluate(
     source, base_source = locate(model, quiet), None if against is None else locate(against, quiet)
     tokenizer = open_tokenizer(source)
     packed = {stem: pack_text(each, tokenizer, window, tokens, quiet) for stem, each in documents.items()}
-    sparse = open_model(source, dtype, device, device_map)
+    sparse = open_adapted(source, adapter or (), dtype, device, device_map)
     dense = None if base_source is None else open_model(base_source, dtype, device, device_map)
     result = score(sparse, dense, packed, in_domain=in_domain or (), seed=seed, quiet=quiet)
     options.put_json(json, result.to_dict())

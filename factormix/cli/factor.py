@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,10 +23,10 @@ from factormix.cli.models import (
     open_model,
     open_tokenizer,
     read_config,
+    text_hashes,
 )
 from factormix.cli.plan import describe_run
 from factormix.cli.recipe import Recipe, merged
-from factormix.data.text import read_documents
 from factormix.evaluate.cost import parameters_per_token
 from factormix.factor.advice import export_advice
 from factormix.factor.config import FactorConfig
@@ -84,7 +82,7 @@ def factor(
         say(f"no --text given: calibrating on {DEFAULT_TEXT}.", quiet)
     paths = locate_text(plan.text or [DEFAULT_TEXT], quiet)
     heal_paths = locate_text(plan.heal_text, quiet)
-    data = _hashes([*paths, *heal_paths])  # reads all text: what is wrong with it shows before anything is computed
+    data = text_hashes([*paths, *heal_paths])  # reads all text: what is wrong with it shows before anything is computed
     source = locate(plan.model, quiet)
     _check(source, config, dtype, dry_run, quiet)
     if dry_run:
@@ -125,13 +123,6 @@ def factor(
         },
     )
     typer.echo(_summary(record, plan.model, plan.out))
-
-
-def _hashes(paths: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 of each text by its file's name, by its whole path where two have the same name."""
-    files = {path.resolve() for path in paths}
-    shared = {name for name, count in Counter(file.name for file in files).items() if count > 1}
-    return {str(f) if f.name in shared else f.name: read_documents(f).sha256 for f in sorted(files)}
 
 
 def _check(source: Source, config: FactorConfig, dtype: str, show: bool, quiet: bool) -> None:

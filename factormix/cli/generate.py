@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from factormix.cli import options
-from factormix.cli.models import locate, open_model, open_tokenizer
+from factormix.cli.models import locate, open_adapted, open_tokenizer
 from factormix.evaluate.answers import answer
 
 SCHEMA_VERSION = 1
@@ -16,6 +16,7 @@ SCHEMA_VERSION = 1
 def generate(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="what to answer or continue")],
+    adapter: options.Adapter = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="at most so many")] = 64,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="use the tokenizer's chat template, if any")] = True,
     dtype: options.Dtype = "auto",
@@ -28,7 +29,7 @@ def generate(
     options.check_json(json)
     source = locate(model, quiet)
     tokenizer = open_tokenizer(source)
-    opened = open_model(source, dtype, device, device_map)
+    opened = open_adapted(source, adapter or (), dtype, device, device_map)
     said = answer(opened, tokenizer, prompt, max_new_tokens, chat)
     options.put_json(json, {"schema_version": SCHEMA_VERSION, "prompt": prompt, "answer": said})
     typer.echo(said)

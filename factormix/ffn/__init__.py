@@ -3,6 +3,7 @@
 from factormix.ffn.families import FAMILIES, Family, Layout
 from factormix.ffn.site import DenseFFN, FFNSite, FFNWeights
 from factormix.ffn.surgery import find_sites, get, isolate, swap, weights
+from factormix.ffn.widen import set_inner, widen
 
 __all__ = [
     "FAMILIES",
@@ -14,6 +15,8 @@ __all__ = [
     "find_sites",
     "get",
     "isolate",
+    "set_inner",
     "swap",
     "weights",
+    "widen",
 ]

@@ -168,8 +168,13 @@ def inspect_model(
     if isinstance(source, PreTrainedModel):
         return _count(source)
     config = source if isinstance(source, PreTrainedConfig) else _config(source, revision)
+    return _count(empty_model(config))
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config on the meta device: every shape, no weights."""
     with torch.device("meta"):
-        return _count(_model_class(config)(config))
+        return cast(PreTrainedModel, _model_class(config)(config))
 
 
 def _config(source: str | os.PathLike[str], revision: str | None) -> PreTrainedConfig:

@@ -129,6 +129,15 @@ def weights(model: nn.Module, site: FFNSite) -> FFNWeights:
     )
 
 
+def dense_linears(model: nn.Module, site: FFNSite) -> tuple[nn.Module | None, nn.Module, nn.Module]:
+    """The FFN's own modules (gate or None, up, down), Linear or Conv1D, before or after `isolate`.
+
+    Raises:
+        FactorMixError: the FFN was replaced by a module that is not the dense one.
+    """
+    return _linears(model, site.at, site.layout)
+
+
 def _pattern(at: str) -> re.Pattern[str]:
     """A pattern of the table as a regular expression for the end of a dotted name; `*` captures an index."""
     return re.compile(r"(?:^|\.)" + re.escape(at).replace(r"\*", r"(\d+)") + "$")

@@ -1,11 +1,18 @@
-"""What a checkpoint holds, forward only: layout, router, sparse FFN, and the FactorMix model class."""
+"""What a checkpoint holds, forward only: layout, router, sparse FFN, domain adapters, and the FactorMix model class."""
 
+from factormix.nn.domain_adapter import DomainAdapter, DomainAdapterSpec
+from factormix.nn.domain_ffn import DomainFFN
+from factormix.nn.domain_gate import DomainGate
 from factormix.nn.layout import Layout
 from factormix.nn.model import FactorMixMixin, adopt, base_class, factormix_class
 from factormix.nn.router import Router
 from factormix.nn.sparse_ffn import RoutedExperts, SharedNeurons, SparseFFN, SparseSpec
 
 __all__ = [
+    "DomainAdapter",
+    "DomainAdapterSpec",
+    "DomainFFN",
+    "DomainGate",
     "FactorMixMixin",
     "Layout",
     "RoutedExperts",

@@ -183,6 +183,22 @@ class SparseFFN(nn.Module):
         factor = self.spec.slices / self.spec.active if self.spec.gate == "paper" else 1.0
         return factor * (1 + p - p.detach()) if straight_through else torch.full_like(p, factor)
 
+    def active_neurons(self, hidden_states: Tensor) -> Tensor:
+        """Post-activation neurons in packed order, shared ones first: (..., H) -> (..., I), I = E * W.
+
+        The neurons of experts that the token did not choose are zero; gates are not applied.
+        """
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
+        parts = [] if self.shared is None else [self.shared.neurons(x)]  # (T, S * W)
+        if self.router is not None and self.experts is not None:
+            _, chosen = self.router(x)  # (T, K)
+            packed = self.experts.packed()
+            for i in range(self.spec.layout.routed):
+                rows = (chosen == i).any(-1).nonzero()[:, 0]  # (T_i,)
+                neurons = packed.expert_neurons(i, x[rows])  # (T_i, W)
+                parts.append(neurons.new_zeros(len(x), self.spec.width).index_copy(0, rows, neurons))  # (T, W)
+        return torch.cat(parts, dim=-1).view(*hidden_states.shape[:-1], -1)  # (..., I)
+
     def active_parameters(self) -> int:
         """Number of parameters that one token uses."""
         total = sum(p.numel() for p in self.parameters())

@@ -1,5 +1,5 @@
 """The one training loop: transformers' Trainer with a loss that is handed in."""
 
-from factormix.train.loop import LoopConfig, Loss, TrainResult, bf16_pays, train
+from factormix.train.loop import Batches, LoopConfig, Loss, TrainResult, bf16_pays, train
 
-__all__ = ["LoopConfig", "Loss", "TrainResult", "bf16_pays", "train"]
+__all__ = ["Batches", "LoopConfig", "Loss", "TrainResult", "bf16_pays", "train"]

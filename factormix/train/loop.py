@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import PartialState
@@ -27,8 +27,22 @@ from factormix.data.packing import Packed
 from factormix.run.errors import FactorMixError
 from factormix.run.record import peak_memory_bytes
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""(model, {"input_ids" (B, L), "scored" (B, L)}) -> named parts, already weighted; their sum is minimised."""
+"""(model, micro-batch) -> named parts, already weighted; their sum is minimised."""
+
+
+class Batches(Protocol):
+    """What a run trains on: micro-batches by number, each a mapping of tensors that the loss understands."""
+
+    tokens: int
+    """of one micro-batch; what the run's tokens are counted in"""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -67,15 +81,32 @@ class TrainResult:
     metrics: dict[str, Any] = field(default_factory=dict)
 
 
-class _Windows(Dataset):  # type: ignore[type-arg]
+class Windows:
+    """Packed text as micro-batches of one window: "input_ids" (1, L) and "scored" (1, L)."""
+
     def __init__(self, packed: Packed) -> None:
         self.packed = packed
+        self.tokens = packed.input_ids.shape[1]
 
     def __len__(self) -> int:
         return len(self.packed)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.packed.input_ids[index], "scored": self.packed.scored[index]}
+        row = slice(index, index + 1)
+        return {"input_ids": self.packed.input_ids[row], "scored": self.packed.scored[row]}
+
+
+class _Dataset(Dataset):  # type: ignore[type-arg]
+    """`Batches` for a DataLoader."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.batches[index]
 
 
 class _LossTrainer(Trainer):
@@ -131,8 +162,8 @@ class _Progress(TrainerCallback):
 
 
 def train(
-    model: PreTrainedModel,
-    text: Packed,
+    model: PreTrainedModel | PeftModel,
+    text: Packed | Batches,
     loss: Loss,
     learning_rates: Mapping[str, float],
     config: LoopConfig,
@@ -141,11 +172,11 @@ def train(
     label: str = "training",
     quiet: bool = False,
 ) -> TrainResult:
-    """Train some parameters of a model on windows of text; resumes from the last whole checkpoint in `folder`.
+    """Train some parameters of a model on text; resumes from the last whole checkpoint in `folder`.
 
     Args:
-        model: left in eval mode, with every requires_grad as it was.
-        text: the windows; they are shuffled by the seed and repeated if there are too few.
+        model: left in eval mode, with every requires_grad as it was. Of a PeftModel the checkpoints hold the adapters.
+        text: windows, or micro-batches made elsewhere; shuffled by the seed and repeated if there are too few.
         loss: see `Loss`.
         learning_rates: peak rate of each parameter that trains, by its name in the model; all others are frozen.
         config: numbers.
@@ -156,7 +187,8 @@ def train(
     Raises:
         FactorMixError: nothing to train, too few tokens for one step, NaN in the loss (the last checkpoint stays).
     """
-    window = text.input_ids.shape[1]
+    batches: Batches = Windows(text) if isinstance(text, Packed) else text
+    window = batches.tokens
     world = PartialState().num_processes
     accumulation = max(1, round(config.batch_tokens / (window * world)))
     steps = config.tokens // (accumulation * window * world)
@@ -180,8 +212,9 @@ def train(
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     callback = _Progress(label, quiet or not PartialState().is_main_process, config.max_minutes)
     trainer = _LossTrainer(
-        model, arguments, train_dataset=_Windows(text), loss=loss, optimizers=(optimiser, None), callbacks=[callback]
-    )
+        model, arguments, train_dataset=_Dataset(batches), data_collator=_the_one, loss=loss,
+        optimizers=(optimiser, None), callbacks=[callback],
+    )  # fmt: skip
     callback.trainer = trainer
     for unwanted in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(unwanted)
@@ -202,6 +235,12 @@ def train(
         params_trained=sum(p.numel() for group in groups for p in group["params"]),
         metrics={"steps": trainer.state.global_step, "history": callback.history},
     )
+
+
+def _the_one(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The collator: an item is a micro-batch already."""
+    assert len(items) == 1  # per_device_train_batch_size
+    return items[0]
 
 
 def last_checkpoint(folder: str | Path) -> str | None:

@@ -1,0 +1,177 @@
+"""`factormix inject`: a model and a domain's knowledge in, a domain adapter's directory out (MixDA, stage 1)."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import PretrainedConfig, PreTrainedModel
+
+from factormix import checkpoint
+from factormix.cli import options
+from factormix.cli.models import (
+    Source,
+    check_compute,
+    identity,
+    locate,
+    locate_text,
+    open_model,
+    open_tokenizer,
+    read_config,
+    text_hashes,
+)
+from factormix.cli.recipe import InjectRecipe, merged
+from factormix.ffn.cost import empty_model
+from factormix.mix.config import InjectConfig
+from factormix.run.directory import check_output
+from factormix.run.errors import FactorMixError
+from factormix.run.progress import say
+from factormix.run.record import RunRecord, peak_memory_bytes
+from factormix.run.workdir import WorkDirectory
+
+SCHEMA_VERSION = 1
+
+
+@options.config_flags(InjectConfig)
+def inject(
+    given: dict[str, Any],
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=options.MODEL_HELP)] = None,
+    domain: Annotated[str | None, typer.Option("--domain", metavar="NAME", help="the adapter's name")] = None,
+    knowledge: Annotated[
+        list[str] | None,
+        typer.Option("--knowledge", metavar="FILE", help="text of the domain, or facts as {prompt, targets}; repeat"),
+    ] = None,
+    retain: Annotated[
+        list[str] | None, typer.Option("--retain", metavar="FILE", help="general text, for the old knowledge; repeat")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="DIR", help="the directory to write")] = None,
+    recipe: options.RecipeFile = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = "cpu",
+    device_map: options.DeviceMap = None,
+    overwrite: options.Overwrite = False,
+    dry_run: options.DryRun = False,
+    quiet: options.Quiet = False,
+    json: options.Json = None,
+) -> None:
+    """Train a domain adapter beside the frozen FFNs of MODEL, and write it as PEFT's directory.
+
+    A run that was killed goes on where it stopped when the same command is given again (its work is in DIR.work).
+    """
+    from factormix.mix import adapter_files, batches, stage1  # they import PEFT, which other commands do without
+
+    started = time.perf_counter()
+    flags = {"model": model, "domain": domain, "out": out and str(out), "knowledge": knowledge, "retain": retain}
+    run = InjectRecipe.open(recipe, merged({key: value for key, value in flags.items() if value}, given))
+    if not (run.model and run.domain and run.out and run.knowledge and run.retain):
+        raise FactorMixError(
+            "inject needs MODEL, --domain NAME, --knowledge FILE, --retain FILE and -o DIR, or a recipe that has them."
+        )
+    config = run.config
+    adapter_files.check_domain(run.domain)
+    on = check_compute(dtype, device)
+    check_output(run.out, overwrite)
+    options.check_json(json)
+    paths, general = locate_text(run.knowledge, quiet), locate_text(run.retain, quiet)
+    data = text_hashes([*paths, *general])  # reads all text: what is wrong with it shows before anything is computed
+    source = locate(run.model, quiet)
+    sizes = stage1.plan(_empty(read_config(source)), config)
+    if dry_run:
+        typer.echo(f"{run.domain}: {sizes}\n{_budget(config)}")
+        return
+    say(f"{run.domain}: {sizes}", quiet)
+    torch.manual_seed(config.seed)
+    command = shlex.join(["factormix", "inject", run.model, "--domain", run.domain, "-o", run.out])
+    record = RunRecord(command, run.flat(), config.seed, dtype, on.type, data)
+    with record.phase("load"):
+        tokenizer = open_tokenizer(source)
+        base = open_model(source, dtype, device, device_map)
+        micro = batches.stage1_batches(
+            paths, [str(path) for path in general], tokenizer,
+            window=_window(config.window, base), tokens=config.tokens, seed=config.seed,
+        )  # fmt: skip
+    held = len(micro) * micro.tokens
+    if held < config.tokens:
+        say(f"the knowledge fills {held:,} tokens; it is read {config.tokens / held:.1f} times.", quiet)
+    work = _work(run, {**data, "model": identity(source, base.config), "dtype": dtype}, overwrite, quiet)
+    try:
+        with record.phase("train"):
+            adapted, done = stage1.inject(base, run.domain, micro, config, tokenizer, work=work, quiet=quiet)
+    except BaseException:
+        if not any(work.path.glob("stage1/checkpoint-*")):
+            work.remove()
+        raise
+    record.tokens, record.metrics = done["tokens"], done["metrics"]
+    record.peak_memory_bytes = peak_memory_bytes(record.device)
+    adapter_files.save_adapter(adapted, run.domain, run.out, run.model, overwrite, run=record.to_dict())
+    work.remove()
+    result = {
+        "schema_version": SCHEMA_VERSION,
+        "seconds": time.perf_counter() - started,
+        "tokens": done["tokens"],
+        "peak_bytes": record.peak_memory_bytes,
+        "params_trained": done["params_trained"],
+        "metrics": done["metrics"],
+    }
+    options.put_json(json, result)
+    typer.echo(_summary(run, source, result, paths[0]))
+
+
+def _empty(config: PretrainedConfig) -> PreTrainedModel:
+    """The model without weights, to plan on; a factored one in its own class."""
+    if not isinstance(config, checkpoint.FactorMixConfig):
+        return empty_model(config)
+    return checkpoint.empty(config)
+
+
+def _window(asked: int, model: PreTrainedModel) -> int:
+    """As long as asked, where the model has so many positions."""
+    return min(asked, getattr(model.config, "max_position_embeddings", None) or asked)
+
+
+def _work(run: InjectRecipe, data: dict[str, str], overwrite: bool, quiet: bool) -> WorkDirectory:
+    """The work directory: this run's own goes on, with --overwrite too; another run's is replaced only by that."""
+    path = Path(f"{run.out}.work")
+    fingerprint = {"config": run.config.to_dict(), "domain": run.domain, "data": data}
+    try:
+        work = WorkDirectory(path, fingerprint)
+    except FactorMixError:
+        if not overwrite:
+            raise
+        work = WorkDirectory(path, fingerprint, overwrite=True)
+    steps = [int(folder.name.split("-")[1]) for folder in work.path.glob("stage1/checkpoint-*")]
+    if steps:
+        say(f"resuming after step {max(steps)} in {str(work.path)!r}.", quiet)
+    return work
+
+
+def _budget(config: InjectConfig) -> str:
+    old = "without L_S" if config.old_knowledge == "none" else f"L_S {config.old_knowledge} on as many general tokens"
+    return f"{config.tokens:,} tokens of knowledge, {config.batch_tokens:,} a step; {old}"
+
+
+def _summary(run: InjectRecipe, source: Source, result: dict[str, Any], text: Path) -> str:
+    adapter, history = result["metrics"]["adapter"], result["metrics"]["history"] or [{}]
+    parts = ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items() if name != "step")
+    words = [
+        "factormix",
+        "eval",
+        source.typed,
+        "--adapter",
+        str(run.out),
+        "--against",
+        source.typed,
+        "--text",
+        str(text),
+    ]
+    return "\n".join([
+        f"{run.out}: {adapter['parameters']:,} parameters ({100 * adapter['share']:.2f} % of the model), width "
+        f"{adapter['width']} at layers {', '.join(map(str, adapter['layers']))}",
+        f"{result['tokens']:,} tokens of knowledge, {result['seconds']:.0f} s, "
+        f"{result['peak_bytes'] / 2**30:.2f} GiB at most; loss at the end: {parts}",
+        f"next: {shlex.join(words)}",
+    ])  # fmt: skip

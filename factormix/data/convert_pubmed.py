@@ -1,0 +1,48 @@
+"""PubMed's XML -> titles and abstracts, one document an article."""
+
+from __future__ import annotations
+
+import gzip
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+from factormix.data.convert_text import find_folder, write_documents
+
+PARTS = ("pubmed20n0014.xml.gz", "pubmed21n1298.xml.gz")  # of the baseline of 2020 and of the updates of 2021
+HELD_OUT = {0: "test", 10: "dev"}  # by the article's number modulo 20: 5 % each
+
+
+def convert_pubmed(packages: Sequence[Path], out: Path) -> None:
+    """Articles with an abstract, each once, in the order of the files; split by the article's number (PMID)."""
+    split: dict[str, list[str]] = {"train": [], "dev": [], "test": []}
+    seen: set[int] = set()
+    for name in PARTS:
+        for number, document in articles(find_folder(packages, f"**/data/{name}")):
+            if number not in seen:
+                seen.add(number)
+                split[HELD_OUT.get(number % 20, "train")].append(document)
+    for part, documents in split.items():
+        write_documents(out / f"pubmed-{part}.txt", documents)
+
+
+def articles(file: Path) -> Iterator[tuple[int, str]]:
+    """(PMID, document) of every article with an abstract: the title, then the abstract's sections, one a line."""
+    with gzip.open(file) as stream:
+        for _, element in ElementTree.iterparse(stream):
+            if element.tag != "PubmedArticle":
+                continue
+            number = element.findtext("MedlineCitation/PMID") or "0"
+            title = _text(element.find("MedlineCitation/Article/ArticleTitle"))
+            sections = [_text(part) for part in element.iterfind("MedlineCitation/Article/Abstract/AbstractText")]
+            sections = [section for section in sections if section]
+            if sections:
+                yield int(number), "\n".join([title, *sections] if title else sections)
+            element.clear()  # the whole tree would take gigabytes
+
+
+def _text(element: ElementTree.Element | None) -> str:
+    """The words of an element and of the markup in it (sub, sup, i), on one line."""
+    text = "" if element is None else " ".join("".join(element.itertext()).split())
+    return re.sub(r"\s*\(ABSTRACT TRUNCATED AT \d+ WORDS\)", "", text)

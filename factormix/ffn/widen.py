@@ -1,0 +1,107 @@
+"""Append neurons to a dense FFN, in place: y gains their outputs, and stock transformers can hold the result.
+
+A config says one inner width for all layers, so every FFN is widened alike; zero neurons fill up what has none to add.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from factormix.ffn.site import FFNSite, FFNWeights
+from factormix.ffn.surgery import dense_linears, find_sites, weights
+from factormix.run.errors import FactorMixError
+
+INNER_FIELDS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim")
+
+
+@torch.no_grad()
+def widen(model: nn.Module, site: FFNSite, inner: int, extra: FFNWeights | None = None) -> FFNSite:
+    """Make the dense FFN at `site` `inner` neurons wide: its own, then `extra`'s, then zero ones.
+
+    Args:
+        model: changed in place.
+        site: one of its FFNs, dense.
+        inner: the new I.
+        extra: neurons to append, rows (r, H); its down_bias (H,) is added to the FFN's. Cast to the FFN's dtype.
+
+    Returns:
+        The site with its new width.
+
+    Raises:
+        FactorMixError: the FFN is not dense any more, or has no bias where `extra` has one.
+    """
+    old = weights(model, site)
+    gate, up, down = dense_linears(model, site)
+    room = inner - site.inner
+
+    def grown(own: Tensor | None, added: Tensor | None, what: str) -> Tensor | None:
+        if own is None:
+            if added is not None:
+                raise FactorMixError(f"the FFN at {site.name} has no {what}; the neurons to append have one.")
+            return None
+        added = own.new_zeros(0, *own.shape[1:]) if added is None else added.to(own)
+        return torch.cat([own, added, own.new_zeros(room - len(added), *own.shape[1:])])  # (I', ...)
+
+    more = extra or FFNWeights(up=old.up[:0], down=old.down[:0], gate=None if old.gate is None else old.gate[:0])
+    new_up, new_down = grown(old.up, more.up, "up"), grown(old.down, more.down, "down")
+    new_gate = grown(old.gate, more.gate, "gate")
+    up_bias = grown(old.up_bias, more.up_bias, "bias on up")
+    gate_bias = grown(old.gate_bias, more.gate_bias, "bias on gate")
+    down_bias = old.down_bias
+    if more.down_bias is not None:
+        if down_bias is None:
+            raise FactorMixError(f"the FFN at {site.name} has no output bias; the neurons to append have one.")
+        down_bias = down_bias + more.down_bias.to(down_bias)
+    assert new_up is not None and new_down is not None
+    if site.layout.fused:
+        assert new_gate is not None
+        both = None if up_bias is None or gate_bias is None else torch.cat([gate_bias, up_bias])  # (2I',)
+        _put(up, torch.cat([new_gate, new_up]), both)  # (2I', H)
+    else:
+        _put(up, new_up, up_bias)
+        if gate is not None and new_gate is not None:
+            _put(gate, new_gate, gate_bias)
+    _put(down, new_down.T, down_bias)
+    return dataclasses.replace(site, inner=inner)
+
+
+def set_inner(model: PreTrainedModel, old: int, new: int) -> None:
+    """Write the new inner width into the config, and check that a stock model of that config has it everywhere.
+
+    Raises:
+        FactorMixError: no field of the config holds the width, or a model built from it has another.
+    """
+    config = model.config.get_text_config()
+    for name in INNER_FIELDS:
+        before = getattr(config, name, "absent")
+        if before not in (old, None):  # None: gpt2's n_inner, where the width is 4 H
+            continue
+        setattr(config, name, new)
+        with torch.device("meta"):
+            found = {site.inner for site in find_sites(type(model)(model.config))}
+        if found == {new}:
+            return
+        setattr(config, name, before)
+    raise FactorMixError(
+        f"a {model.config.model_type!r} config has no single field for the FFNs' width {old} (looked for "
+        f"{', '.join(INNER_FIELDS)}), so a stock checkpoint cannot be {new} wide. Use the adapter unmerged."
+    )
+
+
+def _put(linear: nn.Module, rows: Tensor, bias: Tensor | None) -> None:
+    """Give a Linear or Conv1D the weight `rows` (out, in)."""
+    out, into = rows.shape
+    trains = linear.weight.requires_grad  # type: ignore[union-attr]
+    stored = rows.T if isinstance(linear, Conv1D) else rows  # Conv1D holds (in, out)
+    linear.weight = nn.Parameter(stored.contiguous(), requires_grad=trains)  # type: ignore[arg-type]
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=trains)  # type: ignore[arg-type]
+    if isinstance(linear, Conv1D):
+        linear.nf, linear.nx = out, into
+    elif isinstance(linear, nn.Linear):
+        linear.out_features, linear.in_features = out, into

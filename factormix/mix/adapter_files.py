@@ -1,0 +1,129 @@
+"""Adapter directories as PEFT has them: adapter_config.json and adapter_model.safetensors, at the top."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from factormix.mix.peft_tuner import MixDAConfig, assert_trainable
+from factormix.run.directory import output_directory, write_json
+from factormix.run.errors import FactorMixError
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def check_domain(name: str) -> None:
+    """Refuse a name that PEFT or a file system would take amiss.
+
+    Raises:
+        FactorMixError: with the rule.
+    """
+    plain = name.replace("-", "").replace("_", "")
+    if not (plain.isascii() and plain.isalnum()) or name in "mixda_":
+        raise FactorMixError(
+            f"domain {name!r} is not allowed: letters, digits, '-' and '_', and no part of 'mixda_', PEFT's own mark."
+        )
+
+
+def save_adapter(
+    model: PeftModel,
+    domain: str,
+    path: str | Path,
+    base: str | None = None,
+    overwrite: bool = False,
+    run: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one adapter as PEFT's directory, adapter_config.json and adapter_model.safetensors at its top, atomically.
+
+    Args:
+        model: with the adapter.
+        domain: its name.
+        path: the directory to write.
+        base: how the reader will name the base model; recorded, not checked.
+        overwrite: replace what is there.
+        run: what made it, written as run.json.
+
+    Raises:
+        FactorMixError: an existing directory, a full disk.
+    """
+    tensors = adapter_tensors(model, domain)
+    with output_directory(path, overwrite) as folder:
+        model.peft_config[domain].save_pretrained(str(folder))
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        values |= {"base_model_name_or_path": base, "inference_mode": True}
+        write_json(folder / CONFIG, values)
+        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors: readable by the owner alone
+        if run is not None:
+            write_json(folder / "run.json", run)
+
+
+def adapter_tensors(model: PeftModel, domain: str) -> dict[str, Tensor]:
+    """An adapter's tensors by the names of its file, which are without its own: PEFT's rule, the same in every version
+    of PEFT (0.18 gives those of all adapters together)."""
+    mark = f".mixda_adapters.{domain}."
+    return {n.replace(mark, ".mixda_adapters."): tensor for n, tensor in model.state_dict().items() if mark in n}
+
+
+def load_adapters(model: PreTrainedModel, folders: Mapping[str, str | Path]) -> PeftModel:
+    """Put saved adapters into a model, all active and frozen.
+
+    Args:
+        model: the base they were made from.
+        folders: adapter directories by name.
+
+    Raises:
+        FactorMixError: no MixDA adapter there, or one made for another model.
+    """
+    adapted: PeftModel | None = None
+    for name, folder in folders.items():
+        check_domain(name)
+        read_adapter_config(folder)
+        saved = set(load_file(Path(folder) / WEIGHTS))
+        try:
+            if adapted is None:
+                adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+            else:
+                adapted.load_adapter(str(folder), name)
+        except (OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, FactorMixError):
+                raise
+            raise FactorMixError(f"adapter {str(folder)!r} cannot be loaded: {error}") from error
+        wanted = set(adapter_tensors(adapted, name))
+        if saved != wanted:  # PEFT only warns, and leaves a fresh adapter there
+            raise FactorMixError(
+                f"{str(Path(folder) / WEIGHTS)!r} does not hold this adapter's tensors: missing "
+                f"{sorted(wanted - saved)[:3]}, unexpected {sorted(saved - wanted)[:3]}. Copy or make it anew."
+            )
+    if adapted is None:
+        raise FactorMixError("no adapter given.")
+    cast(Any, adapted.base_model).set_adapter(list(folders))
+    assert_trainable(adapted, set(), "after load")
+    return adapted
+
+
+def read_adapter_config(folder: str | Path) -> MixDAConfig:
+    """The config of a MixDA adapter directory.
+
+    Raises:
+        FactorMixError: a file is missing or unreadable, or the adapter is of another PEFT method.
+    """
+    for name in (CONFIG, WEIGHTS):
+        if not (Path(folder) / name).is_file():
+            raise FactorMixError(f"{str(folder)!r} has no {name}, so it is no adapter directory.")
+    try:
+        values = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
+        kind = values["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FactorMixError(f"{str(Path(folder) / CONFIG)!r} is damaged ({error}). Copy or make it anew.") from error
+    if kind != "MIXDA":
+        raise FactorMixError(f"{str(folder)!r} holds a {kind!r} adapter; only MixDA's can be used here (see `inject`).")
+    return cast(MixDAConfig, MixDAConfig.from_pretrained(str(folder)))

@@ -1,0 +1,149 @@
+"""The two losses of stage 1 (MixDA, section 3.2): L = lambda * L_K + L_S.
+
+L_K, new knowledge: next token for causal models, masked tokens for masked ones. Of structured knowledge, a prompt with
+its object, only the object's tokens count.
+
+L_S, old knowledge, on general text at the adapted model's own states x: how far each adapter moves its FFN's output,
+
+    L_S = mean over sites of  mean_t |A(x_t)|^2 / mean_t |F(x_t)|^2
+
+over the tokens t that are not padding. F(x) + A(x) is the FFN's output with the adapter and F(x) the one without; the
+released code compared a tensor with itself. The ``paper`` form is the plain mean of A(x)^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from factormix.mix.config import InjectConfig
+from factormix.nn import DomainFFN
+from factormix.train import bf16_pays
+
+KEEP_SHARE, RANDOM_SHARE = 0.1, 0.1  # of the tokens to predict, BERT leaves 10 % as they are and swaps 10 % at random
+
+
+class _Enough(Exception):
+    """Every adapted site has run: what comes after cannot change L_S."""
+
+
+class InjectionLoss:
+    """The weighted parts of L for one micro-batch.
+
+    Args:
+        model: the adapted model, as it is without PEFT's or a Trainer's wrappers.
+        domain: the adapter that trains.
+        config: weights and forms.
+        mask_token: the tokenizer's mask token for a masked language model, None for a causal one.
+    """
+
+    def __init__(self, model: nn.Module, domain: str, config: InjectConfig, mask_token: int | None = None) -> None:
+        self.model, self.domain, self.config, self.mask_token = model, domain, config, mask_token
+        self.bf16 = bf16_pays(next(model.parameters()).device)  # the loop's autocast is around its own wrapper only
+        self.layers = [m for m in model.modules() if isinstance(m, DomainFFN) and domain in m.mixda_adapters]
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The scalars "knowledge" and, unless left out, "old".
+
+        Args:
+            model: `self.model` in whatever wrapper trains it.
+            batch: "input_ids", "attention_mask" (B, L); "counted" (B, L) bool, the tokens L_K may predict;
+                "structured" () bool; "general_ids", "general_mask" (B', L').
+        """
+        parts = {"knowledge": self.config.knowledge_weight * self.knowledge(model, batch)}
+        if self.config.old_knowledge != "none":
+            parts["old"] = self.old(batch["general_ids"], batch["general_mask"])
+        return parts
+
+    def knowledge(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """L_K of a batch, a scalar; 0 where the masking drew no token."""
+        ids, counted = batch["input_ids"], batch["counted"]
+        if self.mask_token is None:
+            logits = self._logits(model, ids, batch["attention_mask"])  # (B, L, V)
+            return _cross_entropy(logits[:, :-1], ids[:, 1:], counted[:, 1:])
+        if bool(batch["structured"]):  # the object's tokens, all of them
+            shown, counted = ids.masked_fill(counted, self.mask_token), counted  # (B, L)
+        else:
+            shown, counted = self.masked(ids, counted)  # (B, L), (B, L)
+        return _cross_entropy(self._logits(model, shown, batch["attention_mask"]), ids, counted)
+
+    def masked(self, ids: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
+        """BERT's masking of a share of the candidates: ids (B, L) -> what the model sees and what it must predict.
+
+        Random numbers come from torch's own generator, whose state a Trainer's checkpoint keeps.
+        """
+        assert self.mask_token is not None
+        predicted = candidates & (torch.rand(ids.shape, device=ids.device) < self.config.mask)  # (B, L)
+        how = torch.rand(ids.shape, device=ids.device)  # (B, L)
+        vocab = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
+        swapped = torch.where(how < RANDOM_SHARE, torch.randint_like(ids, int(vocab)), self.mask_token)  # type: ignore[arg-type]
+        return torch.where(predicted & (how < 1 - KEEP_SHARE), swapped, ids), predicted
+
+    def old(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """L_S on general text, ids (B, L) and mask (B, L) with 0 for padding; a scalar."""
+        kept = mask.bool().flatten()  # (T,)
+        ratios = []
+        for of_ffn, of_adapter in self._outputs(ids, mask):
+            f, a = (o.reshape(-1, o.shape[-1])[kept].float() for o in (of_ffn, of_adapter))  # (T', H) each
+            moved = a.square().sum(-1).mean()
+            if self.config.old_knowledge == "paper":
+                ratios.append(moved / a.shape[-1])
+            else:
+                ratios.append(moved / f.detach().square().sum(-1).mean())
+        return torch.stack(ratios).mean()
+
+    def _logits(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+        return model(input_ids=ids, attention_mask=mask, **_no_cache(self.model)).logits  # type: ignore[no-any-return]
+
+    def _outputs(self, ids: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(F(x), A(x)) at every use of every adapted site, each (B, L, H). The forward ends at the last one."""
+        seen: list[tuple[Tensor, Tensor]] = []
+        uses = sum(layer.use_count for layer in self.layers)
+        autocast = torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16)
+        with self._watching(seen, uses), autocast, suppress(_Enough):
+            self.model(input_ids=ids, attention_mask=mask, **_no_cache(self.model))
+        return seen
+
+    @contextmanager
+    def _watching(self, seen: list[tuple[Tensor, Tensor]], uses: int) -> Iterator[None]:
+        base: dict[int, Tensor] = {}
+
+        def ffn_said(key: int) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+                base[key] = output
+
+            return hook
+
+        def adapter_said(key: int) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+                seen.append((base.pop(key), output))
+                if len(seen) == uses:
+                    raise _Enough
+
+            return hook
+
+        handles = []
+        for key, layer in enumerate(self.layers):
+            handles.append(layer.base_layer.register_forward_hook(ffn_said(key)))
+            handles.append(layer.mixda_adapters[self.domain].register_forward_hook(adapter_said(key)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _no_cache(model: nn.Module) -> dict[str, bool]:
+    """use_cache=False for models that would keep keys and values."""
+    return {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
+
+
+def _cross_entropy(logits: Tensor, ids: Tensor, counted: Tensor) -> Tensor:
+    """Mean over the counted tokens: logits (B, L, V), ids (B, L), counted (B, L) bool -> a scalar."""
+    if not bool(counted.any()):
+        return logits.sum() * 0.0
+    return nn.functional.cross_entropy(logits[counted].float(), ids[counted])

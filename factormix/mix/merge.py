@@ -1,0 +1,238 @@
+"""Merge: neurons of an `ffn` adapter under a fixed weight w become neurons of the FFN itself.
+
+    F(x) + w A(x) = act(x [W_gate; V_gate]) * (x [W_up; V_up]) [W_down; w V_down]
+
+Exact to rounding, and nothing of FactorMix is needed to run it. A dense model becomes a dense checkpoint of width
+I' >= I + r (the FFNs without an adapter get zero neurons, as a config has one width for all); in a factored one the
+neurons join the shared part of the adapted FFNs. What would not be exact is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from factormix.ffn import FFNSite, FFNWeights, get, set_inner, swap, widen
+from factormix.mix.adapter_files import WEIGHTS, read_adapter_config
+from factormix.mix.sizes import ALIGN, sites_of
+from factormix.nn import DomainAdapterSpec, FactorMixMixin, SparseFFN, SparseSpec
+from factormix.run.errors import FactorMixError
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge added.
+
+    Attributes:
+        inner: I' of a dense model's FFNs; of a factored one's adapted FFNs the neurons of all slices.
+        neurons: of the adapters, in all sites.
+        zero_neurons: added as padding.
+        parameters: added.
+        bytes: added, in the model's dtype.
+        flops_per_token: added.
+    """
+
+    inner: int
+    neurons: int
+    zero_neurons: int
+    parameters: int
+    bytes: int
+    flops_per_token: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.neurons} neurons appended, {self.zero_neurons} zero neurons beside them, width {self.inner}: "
+            f"{self.bytes:,} bytes and {self.flops_per_token:,} FLOPs a token more"
+        )
+
+
+def merge_adapters(model: PreTrainedModel, adapters: Sequence[tuple[str | Path, float]]) -> Merged:
+    """Merge adapter directories into a dense or FactorMix model, in place.
+
+    Args:
+        model: the base the adapters were made from, without PEFT around it.
+        adapters: (directory, fixed weight w).
+
+    Raises:
+        FactorMixError: an adapter of another model, or one that does not merge exactly, with the reason.
+    """
+    sites = {site.index: site for site in sites_of(model)}
+    parts: dict[int, list[FFNWeights]] = {}
+    for folder, weight in adapters:
+        for index, of_adapter in read_neurons(folder, weight, sites).items():
+            parts.setdefault(index, []).append(of_adapter)
+    extra = {sites[index]: _joined(of_site) for index, of_site in sorted(parts.items())}
+    before = model.num_parameters()
+    if isinstance(model, FactorMixMixin):
+        inner, added = _into_shared(model, extra)
+    else:
+        inner, added = _into_dense(model, list(sites.values()), extra)
+    neurons = sum(len(of_site.up) for of_site in extra.values())
+    parameters = model.num_parameters() - before
+    return Merged(
+        inner=inner,
+        neurons=neurons,
+        zero_neurons=sum(added.values()) - neurons,
+        parameters=parameters,
+        bytes=parameters * model.dtype.itemsize,
+        flops_per_token=sum(2 * (3 if s.gated else 2) * s.hidden * n * s.use_count for s, n in added.items()),
+    )
+
+
+def read_neurons(folder: str | Path, weight: float, sites: Mapping[int, FFNSite]) -> dict[int, FFNWeights]:
+    """The adapters of a directory as neurons of their FFNs, outputs times `weight`, by site index.
+
+    Raises:
+        FactorMixError: not for this model, or not exact as neurons of the FFN.
+    """
+    config = read_adapter_config(folder)
+    tensors = load_file(Path(folder) / WEIGHTS)
+    found: dict[int, FFNWeights] = {}
+    for key, shapes in (config.sites or {}).items():
+        spec, site = DomainAdapterSpec(**shapes), sites.get(int(key))
+        if site is None or site.hidden != spec.hidden or site.name not in (config.target_modules or ()):
+            here = "no such FFN" if site is None else f"hidden size {site.hidden} at {site.name}"
+            raise FactorMixError(f"adapter {str(folder)!r} was made for another model: its site {key} is here {here}.")
+        if reason := why_not(spec, site):
+            raise FactorMixError(f"adapter {str(folder)!r} does not merge exactly: {reason}.")
+        mark = f"base_model.model.{site.name}.mixda_adapters."
+        own = {name.removeprefix(mark): tensor for name, tensor in tensors.items() if name.startswith(mark)}
+        found[site.index] = _as_neurons(own, spec, weight, folder)
+    if not found:
+        raise FactorMixError(f"adapter {str(folder)!r} names no FFN; the directory is damaged. Make it anew.")
+    return found
+
+
+def why_not(spec: DomainAdapterSpec, site: FFNSite) -> str:
+    """Why an adapter's neurons are none of this FFN's kind; empty when they are."""
+    kind, own = (("gated " if gated else "plain ") + act for gated, act in (
+        (spec.gated, spec.activation), (site.gated, site.activation)
+    ))  # fmt: skip
+    remedy = "inject it with --form ffn to merge it"
+    if spec.reads == "neurons":
+        return f"it reads the FFN's neurons, so its own come after them, not beside them; {remedy}"
+    if kind != own:
+        return f"its neurons are {kind}, the FFN's {own}; {remedy}"
+    if spec.in_bias and not (site.up_bias or site.gate_bias):
+        return f"its neurons have biases, the FFN's at {site.name} have none; {remedy}"
+    if spec.out_bias and not site.down_bias:
+        return f"it has an output bias, the FFN at {site.name} has none; {remedy}"
+    return ""
+
+
+def _as_neurons(own: Mapping[str, Tensor], spec: DomainAdapterSpec, weight: float, folder: str | Path) -> FFNWeights:
+    """An adapter's tensors as FFNWeights with rows for neurons, (r, H)."""
+    wanted = {"in_proj", "out_proj"} | ({"in_bias"} if spec.in_bias else set()) | (
+        {"out_bias"} if spec.out_bias else set()
+    )  # fmt: skip
+    if set(own) != wanted:
+        raise FactorMixError(f"adapter {str(folder)!r} holds the tensors {sorted(own)}, not {sorted(wanted)}.")
+    rows = own["in_proj"].split(spec.width)  # gate and up, or up: (r, H) each
+    biases = own["in_bias"].split(spec.width) if spec.in_bias else (None,) * len(rows)  # (r,) each
+    return FFNWeights(
+        up=rows[-1],
+        down=weight * own["out_proj"].T,  # (r, H)
+        gate=rows[0] if spec.gated else None,
+        up_bias=biases[-1],
+        gate_bias=biases[0] if spec.gated else None,
+        down_bias=weight * own["out_bias"] if spec.out_bias else None,
+    )
+
+
+def _joined(parts: Sequence[FFNWeights]) -> FFNWeights:
+    """The neurons of several adapters at one FFN, one after another."""
+
+    def together(name: str) -> Tensor | None:
+        tensors = [getattr(part, name) for part in parts]
+        return None if tensors[0] is None else torch.cat(tensors)
+
+    outputs = [part.down_bias for part in parts if part.down_bias is not None]
+    return FFNWeights(
+        up=torch.cat([part.up for part in parts]),  # (r_1 + r_2 + ..., H)
+        down=torch.cat([part.down for part in parts]),
+        gate=together("gate"),
+        up_bias=together("up_bias"),
+        gate_bias=together("gate_bias"),
+        down_bias=torch.stack(outputs).sum(0) if outputs else None,
+    )
+
+
+def _into_dense(
+    model: PreTrainedModel, sites: Sequence[FFNSite], extra: Mapping[FFNSite, FFNWeights]
+) -> tuple[int, dict[FFNSite, int]]:
+    """I' and how many neurons each FFN gained."""
+    old = {site.inner for site in sites}
+    if len(old) > 1:
+        raise FactorMixError(f"the FFNs of this model are {sorted(old)} wide; one width is needed to widen them alike.")
+    width = old.pop()
+    least = width + max(len(neurons.up) for neurons in extra.values())
+    inner = least if least % ALIGN[0] == 0 else -(-least // ALIGN[1]) * ALIGN[1]
+    set_inner(model, width, inner)
+    for site in sites:
+        widen(model, site, inner, extra.get(site))
+    return inner, {site: inner - width for site in sites}
+
+
+@torch.no_grad()
+def _into_shared(model: PreTrainedModel, extra: Mapping[FFNSite, FFNWeights]) -> tuple[int, dict[FFNSite, int]]:
+    """All neurons of the widest adapted FFN, and how many each gained: whole slices, zero neurons at their end."""
+    inner, added = 0, {}
+    for site, neurons in extra.items():
+        ffn = get(model, site)
+        if not isinstance(ffn, SparseFFN):
+            raise FactorMixError(
+                f"the FFN at {site.name} of this factored model is dense; widening it would widen the config of all."
+            )
+        if ffn.spec.gate == "paper":
+            raise FactorMixError(
+                "gate 'paper' multiplies every expert by E / K, and E grows with the shared part. Factor the model "
+                "with --gate hard to merge adapters into it."
+            )
+        new = _with_shared(ffn, neurons)
+        swap(model, site, new)
+        model.config.factormix["sites"][str(site.index)] = new.spec.to_dict()
+        inner = max(inner, new.spec.slices * new.spec.width)
+        added[site] = (new.spec.slices - ffn.spec.slices) * new.spec.width
+    return inner, added
+
+
+def _with_shared(ffn: SparseFFN, extra: FFNWeights) -> SparseFFN:
+    """The same sparse FFN with r more shared neurons, in ceil(r / W) more slices."""
+    slices = -(-len(extra.up) // ffn.spec.width)
+    spec: SparseSpec = replace(ffn.spec, shared=ffn.spec.shared + slices, slices=ffn.spec.slices + slices)
+    like = next(ffn.parameters())
+    with torch.device("meta"):
+        new = SparseFFN(spec)
+    new = new.to_empty(device=like.device).to(like.dtype)
+    for part in ("router", "experts", "bias"):  # the very tensors: only the shared part is new
+        setattr(new, part, getattr(ffn, part))
+    if extra.down_bias is not None and new.bias is not None:
+        new.bias = nn.Parameter(new.bias + extra.down_bias.to(new.bias))
+    assert new.shared is not None
+    old, grown = ffn.shared, new.shared
+    parts = [("gate", "gate_bias"), ("up", "up_bias")] if spec.gated else [("up", "up_bias")]
+    width, room = (s.shared * s.width for s in (ffn.spec, spec))
+    for place, (rows, bias) in enumerate(parts):
+        into, of = slice(place * room, (place + 1) * room), slice(place * width, (place + 1) * width)
+        own = None if old is None else old.up_proj
+        _fill(grown.up_proj.weight[into], None if own is None else own.weight[of], getattr(extra, rows))
+        if spec.up_bias:
+            _fill(grown.up_proj.bias[into], None if own is None else own.bias[of], getattr(extra, bias))
+    _fill(grown.down_proj.weight.T, None if old is None else old.down_proj.weight.T, extra.down)
+    return new.train(ffn.training)
+
+
+def _fill(target: Tensor, own: Tensor | None, added: Tensor | None) -> None:
+    """Write own rows, then the added ones, then zeros into `target` (rows, ...)."""
+    target.zero_()
+    first = 0 if own is None else len(own)
+    if own is not None:
+        target[:first] = own
+    if added is not None:
+        target[first : first + len(added)] = added.to(target)

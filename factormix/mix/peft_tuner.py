@@ -1,0 +1,206 @@
+"""MixDA in PEFT's container: a thin BaseTuner over FFN sites, so that what people know of PEFT works.
+
+    model = get_peft_model(base, MixDAConfig(layers="auto"), adapter_name="pubmed")
+    model.load_adapter("reviews", "reviews")
+    with model.disable_adapter(): ...             # the base, bit for bit
+    model = PeftModel.from_pretrained(base, "pubmed")
+
+Trainability is explicit: a new adapter trains unless its config is in inference mode, and only `set_requires_grad`
+changes that. PEFT's own layers unfreeze whatever `set_adapter` names or `disable_adapter` leaves active.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import register_peft_method
+from torch import nn
+from transformers import PreTrainedModel
+
+from factormix.ffn import FFNSite, isolate
+from factormix.mix.peft_enum import mixda_type
+from factormix.mix.sizes import Sizes, adapter_sizes, sites_of
+from factormix.nn import DomainFFN
+from factormix.run.errors import FactorMixError, choose
+
+PREFIX = "mixda_"
+
+
+@dataclass
+class MixDAConfig(PeftConfig):
+    """The adapter's adapter_config.json. `layers`, `width`, `reduction` and `budget` are as in `InjectConfig`; once the
+    adapter exists they are resolved: layers by number, the width, and `sites`, the shapes that a base must have."""
+
+    form: str = field(default="ffn", metadata={"help": "ffn (can be merged into the FFN) or bottleneck (the paper's)"})
+    reads: str = field(default="input", metadata={"help": "input, or for bottleneck also neurons"})
+    layers: str | list[int] = field(default="auto", metadata={"help": "auto, spread, or layer numbers"})
+    width: int | None = field(default=None, metadata={"help": "neurons of each adapter; else reduction, else budget"})
+    reduction: float | None = field(default=None, metadata={"help": "width = hidden size / reduction"})
+    budget: float = field(default=0.004, metadata={"help": "parameters, as a share of the model's"})
+    weight: float = field(default=1.0, metadata={"help": "fixed weight of the adapter where no gate decides"})
+    sites: dict[str, dict[str, Any]] | None = field(default=None, metadata={"help": "shapes by site; filled in"})
+    target_modules: list[str] | None = field(default=None, metadata={"help": "paths of the FFNs; filled in"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = mixda_type()
+
+
+class MixDALayer(DomainFFN, BaseTunerLayer):
+    """A `DomainFFN` that PEFT can switch."""
+
+    adapter_layer_names = ("mixda_adapters",)
+    other_param_names = ("fixed_weights",)
+
+    def __init__(self, base: nn.Module, site: FFNSite) -> None:
+        DomainFFN.__init__(self, base, site)
+        self._active_adapter = []
+        self.merged_adapters: list[str] = []
+
+    @property
+    def active_domains(self) -> list[str]:
+        """The adapters that run: active for PEFT, not disabled, and present at this site."""
+        if self.disable_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.mixda_adapters]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose which adapters run. What trains stays as it was, unlike in PEFT."""
+        self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Run the active adapters, or none. What trains stays as it was, unlike in PEFT."""
+        self._disable_adapters = not enabled
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: the FFN becomes wider, which changes the model's config too."""
+        raise FactorMixError(
+            "an adapter cannot be merged in place: the FFN grows. Use `factormix merge`, which writes a new checkpoint."
+        )
+
+    def get_base_layer(self) -> nn.Module:
+        """The frozen FFN."""
+        return self.base_layer
+
+
+class MixDAModel(BaseTuner):
+    """PEFT's tuner: finds the sites, makes each FFN one module, puts a `MixDALayer` there."""
+
+    prefix = PREFIX
+    tuner_layer_cls = MixDALayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's attribute; our sites come from the model
+
+    def _sites_of_base(self) -> list[FFNSite]:
+        """The sites, read before the first FFN is wrapped."""
+        if "mixda_sites" not in self.__dict__:
+            self.mixda_sites = sites_of(cast(PreTrainedModel, self.model))
+        return self.mixda_sites
+
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> MixDAConfig:
+        sizes = self._sizes(peft_config)
+        specs = {str(index): spec.to_dict() for index, spec in sizes.specs.items()}
+        if peft_config.sites is not None and peft_config.sites != specs:
+            wanted, found = _first_difference(peft_config.sites, specs)
+            raise FactorMixError(
+                f"this adapter was made for another model: {wanted}; here {found}. Load it on the base it was made "
+                f"from ({peft_config.base_model_name_or_path or 'not recorded'})."
+            )
+        peft_config.layers, peft_config.width = list(sizes.layers), sizes.width
+        peft_config.sites, peft_config.reduction = specs, None
+        peft_config.target_modules = [site.name for site in sizes.sites]
+        return cast(MixDAConfig, peft_config)
+
+    def _sizes(self, config: MixDAConfig) -> Sizes:
+        names = ("form", "reads", "layers", "width", "reduction", "budget")
+        own = sum(p.numel() for n, p in self.model.named_parameters() if f".{PREFIX}" not in n)
+        return adapter_sizes(self._sites_of_base(), own, **{name: getattr(config, name) for name in names})
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        for site in self._sites_of_base():
+            if site.name in (peft_config.target_modules or ()):
+                isolate(model, site)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
+        return key in (peft_config.target_modules or ())
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        site = next(site for site in self._sites_of_base() if site.name == current_key)
+        layer = target if isinstance(target, MixDALayer) else MixDALayer(target, site)
+        sizes = self._sizes(peft_config)
+        adapter = layer.fresh(sizes.specs[site.index])
+        adapter.requires_grad_(not peft_config.inference_mode).train(target.training)
+        layer.add(adapter_name, adapter, peft_config.weight)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer.train(target.training), target)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Any],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Any]:
+        """One adapter's tensors; a gate at the same site is no part of any of them."""
+        return {name: tensor for name, tensor in state_dict.items() if f".mixda_adapters.{adapter_name}." in name}
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """PEFT's own looks for the one weight of a Linear; an FFN goes as a whole."""
+        setattr(parent, child_name, new_module)
+
+
+def _first_difference(wanted: dict[str, Any], found: dict[str, Any]) -> tuple[str, str]:
+    index = next(i for i in [*wanted, *found] if wanted.get(i) != found.get(i))
+    return (f"site {index} {wanted.get(index, 'without an adapter')}", f"{found.get(index, 'no such site')}")
+
+
+def trainable_names(model: nn.Module) -> set[str]:
+    """Names of the parameters that take gradients."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def adapter_names(model: PeftModel, domains: str | Sequence[str]) -> set[str]:
+    """Names of the parameters of these domains' adapters."""
+    chosen = [domains] if isinstance(domains, str) else domains
+    for domain in chosen:
+        choose("domain", domain, model.peft_config)
+    marks = [f".mixda_adapters.{domain}." for domain in chosen]
+    return {name for name, _ in model.named_parameters() if any(mark in name for mark in marks)}
+
+
+def assert_trainable(model: nn.Module, expected: set[str], when: str) -> None:
+    """Hold the set of trainable parameters against what it must be.
+
+    Raises:
+        AssertionError: a parameter trains that must not, or the reverse; a defect of ours or of PEFT's.
+    """
+    found = trainable_names(model)
+    assert found == expected, (
+        f"{when}: {sorted(found - expected)[:3]} train and must not, {sorted(expected - found)[:3]} must and do not"
+    )
+
+
+register_peft_method(name=mixda_type().value.lower(), config_cls=MixDAConfig, model_cls=MixDAModel, prefix=PREFIX)
+__all__ = [
+    "MixDAConfig",
+    "MixDALayer",
+    "MixDAModel",
+    "adapter_names",
+    "assert_trainable",
+    "trainable_names",
+]

@@ -1,0 +1,119 @@
+"""Stage 1 of MixDA, top to bottom: a model, knowledge and general text in, a domain adapter out.
+
+sizes -> adapters beside the FFNs (PEFT) -> one loop over L = lambda * L_K + L_S -> only the adapter has changed
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto import modeling_auto
+
+from factormix.mix.adapter_files import check_domain
+from factormix.mix.batches import Stage1Batches
+from factormix.mix.config import InjectConfig
+from factormix.mix.losses import InjectionLoss
+from factormix.mix.peft_tuner import MixDAConfig, adapter_names, assert_trainable
+from factormix.mix.sizes import Sizes, adapter_sizes, sites_of
+from factormix.nn import base_class
+from factormix.run.errors import FactorMixError
+from factormix.run.workdir import WorkDirectory
+from factormix.train import LoopConfig, train
+
+
+def plan(model: PreTrainedModel, config: InjectConfig) -> Sizes:
+    """Which FFNs get an adapter and how large it is; a model on the meta device will do.
+
+    Raises:
+        FactorMixError: a model without a head to learn from, layers or a budget that cannot be.
+    """
+    learns_by(model)
+    parameters = sum(p.numel() for p in model.parameters())
+    return adapter_sizes(
+        sites_of(model), parameters,
+        form=config.form, reads=config.source, layers=config.layers,
+        width=config.width, reduction=config.reduction, budget=config.budget,
+    )  # fmt: skip
+
+
+def learns_by(model: PreTrainedModel) -> str:
+    """ "causal" or "masked": which language-modelling loss the model's head has.
+
+    Raises:
+        FactorMixError: neither.
+    """
+    name = base_class(model).__name__
+    if name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not model.config.is_encoder_decoder:
+        return "causal"
+    if name in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and not model.config.is_encoder_decoder:
+        return "masked"
+    raise FactorMixError(
+        f"{name} has neither a causal nor a masked language-modelling head, so no text can teach an adapter. Load the "
+        "model as an AutoModelForCausalLM or AutoModelForMaskedLM."
+    )
+
+
+def inject(
+    model: PreTrainedModel,
+    domain: str,
+    batches: Stage1Batches,
+    config: InjectConfig,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    work: WorkDirectory | None = None,
+    quiet: bool = False,
+) -> tuple[PeftModel, dict[str, Any]]:
+    """Train one domain's adapter; every other parameter stays as it was, bit for bit.
+
+    Args:
+        model: a dense or FactorMix model with a causal or masked language-modelling head; the adapters are put into it.
+        domain: the adapter's name.
+        batches: knowledge and general text.
+        config: the recipe.
+        tokenizer: for its mask token; needed by masked language models only.
+        work: checkpoints go there, and a killed run goes on from the last one.
+        quiet: no progress bar.
+
+    Returns:
+        The model in PEFT's wrapper, adapter active, nothing trainable; and seconds, tokens, peak_bytes,
+        params_trained, metrics (sizes, loss parts by step).
+
+    Raises:
+        FactorMixError: a bad name or model, too few tokens for one step, NaN in the loss.
+    """
+    check_domain(domain)
+    sizes = plan(model, config)
+    mask = None
+    if learns_by(model) == "masked":
+        mask = None if tokenizer is None else tokenizer.mask_token_id
+        if mask is None:
+            raise FactorMixError(f"{type(model).__name__} learns by masked tokens; its tokenizer has no mask token.")
+    torch.manual_seed(config.seed)  # the adapters' start
+    peft_config = MixDAConfig(form=config.form, reads=config.source, layers=list(sizes.layers), width=sizes.width)
+    adapted = cast(PeftModel, get_peft_model(model, peft_config, adapter_name=domain))
+    peft_config.base_model_name_or_path = (
+        None  # Trainer's checkpoints would look there for a vocabulary of another size
+    )
+    trained = adapter_names(adapted, domain)
+    assert_trainable(adapted, trained, "after get_peft_model")
+    loop = LoopConfig(
+        tokens=config.tokens, batch_tokens=config.batch_tokens, warmup=config.warmup, clip=config.clip,
+        weight_decay=config.weight_decay, save_steps=config.save_steps, seed=config.seed,
+        max_minutes=config.max_minutes,
+    )  # fmt: skip
+    loss = InjectionLoss(model, domain, config, mask)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = scratch if work is None else work.path / "stage1"
+        rates = dict.fromkeys(trained, config.lr)
+        result = train(adapted, batches, loss, rates, loop, folder, label=f"injecting {domain}", quiet=quiet)
+    assert_trainable(adapted, trained, "after training")
+    adapted.set_requires_grad(domain, False)
+    assert_trainable(adapted, set(), "after stage 1")
+    done = asdict(result)
+    done["metrics"] = {"adapter": sizes.to_dict(), **result.metrics}
+    return adapted, done

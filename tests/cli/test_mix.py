@@ -1,0 +1,168 @@
+"""inject, merge and --adapter from the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from factormix.run.directory import sha256
+from tests.cli.tiny import save_tiny
+
+MAIN = "from factormix.cli import main; main()"
+QUICK = "--tokens 1024 --window 32 --batch-tokens 64 --width 8 --lr 0.01 --save-steps 2".split()
+PATIENCE = 60.0  # seconds
+Run = Callable[..., str]
+
+
+def words(model: Path, text: Path, out: str, *more: str) -> list[str]:
+    fixed = ["inject", str(model), "--domain", "pubmed", "--knowledge", str(text), "--retain", str(text), "-o", out]
+    return [*fixed, *QUICK, *more]
+
+
+@pytest.fixture
+def adapter(llama: Path, text: Path, run: Run) -> Path:
+    run(*words(llama, text, "adapter", "--quiet"))
+    return Path("adapter")
+
+
+def test_inject_writes_pefts_directory_and_a_record(llama: Path, text: Path, run: Run) -> None:
+    said = run(*words(llama, text, "adapter", "--json", "result.json"))
+    assert "768 parameters" in said and "next: factormix eval" in said
+    names = {path.name for path in Path("adapter").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "run.json"}
+    assert not Path("adapter.work").exists()
+    result, record = (json.loads(Path(p).read_text()) for p in ("result.json", "adapter/run.json"))
+    assert result["schema_version"] == 1 and result["tokens"] == record["tokens"] == 1024
+    assert result["params_trained"] == result["metrics"]["adapter"]["parameters"] == 768
+    assert len(result["metrics"]["history"]) == 16 and result["metrics"]["history"][0]["old"] == 0
+    assert record["data"] == {text.name: sha256(text)} and record["config"]["domain"] == "pubmed"
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    assert config["peft_type"] == "MIXDA" and config["base_model_name_or_path"] == str(llama)
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    assert set(PeftModel.from_pretrained(base, "adapter", adapter_name="pubmed").peft_config) == {"pubmed"}
+
+
+def test_eval_generate_and_merge_agree(llama: Path, text: Path, adapter: Path, run: Run) -> None:
+    common = ["--against", llama, "--text", text, "--window", "32", "--quiet"]
+    run("eval", llama, "--adapter", adapter, *common, "--json", "a.json")
+    run("merge", llama, "--adapter", adapter, "-o", "merged", "--json", "m.json", "--quiet")
+    run("eval", "merged", *common, "--json", "b.json")
+    apart, merged = (json.loads(Path(p).read_text())["perplexity"]["words"] for p in ("a.json", "b.json"))
+    assert apart["model"] != apart["base"] and abs(apart["model"] / merged["model"] - 1) < 1e-5
+    assert json.loads(Path("m.json").read_text())["inner"] == 96
+    ask = ["w3 w4", "--max-new-tokens", "8"]
+    assert run("generate", llama, *ask, "--adapter", adapter) == run("generate", "merged", *ask)
+    assert AutoModelForCausalLM.from_pretrained("merged").config.intermediate_size == 96
+    run("merge", llama, "--adapter", adapter, "--weight", "0", "-o", "nothing", "--quiet")
+    assert run("generate", "nothing", *ask) == run("generate", llama, *ask)
+
+
+def test_a_factored_model_takes_adapter_and_merge(sparse: Path, text: Path, run: Run) -> None:
+    run(*words(sparse, text, "adapter", "--quiet"))
+    run("merge", sparse, "--adapter", "adapter", "-o", "merged", "--quiet")
+    common = ["--text", text, "--window", "32", "--quiet"]
+    run("eval", sparse, "--adapter", "adapter", *common, "--json", "a.json")
+    run("eval", "merged", *common, "--json", "b.json")
+    apart, merged = (json.loads(Path(p).read_text())["perplexity"]["words"]["model"] for p in ("a.json", "b.json"))
+    assert abs(apart / merged - 1) < 1e-5
+
+
+def test_a_masked_language_model_and_facts(tmp_path: Path, text: Path, run: Run) -> None:
+    model = save_tiny("bert", tmp_path / "bert")
+    facts = Path("facts.jsonl")
+    facts.write_text("\n".join(json.dumps({"prompt": f"w{i} {{}} .", "targets": [f"w{i + 1}"]}) for i in range(40)))
+    said = run(*words(model, text, "adapter", "--knowledge", str(facts), "--form", "bottleneck"))
+    assert "width 8" in said
+
+
+def test_a_recipe_is_the_same_as_flags(llama: Path, text: Path, adapter: Path, run: Run) -> None:
+    lines = [f"model: {llama}", "domain: pubmed", f"knowledge: [{text}]", f"retain: [{text}]", "out: other"]
+    options = ["tokens: 1024", "window: 32", "batch_tokens: 64", "width: 8", "lr: 0.01", "save_steps: 2"]
+    Path("r.yaml").write_text("\n".join([*lines, *options]))
+    run("inject", "--recipe", "r.yaml", "--quiet")
+    assert sha256("other/adapter_model.safetensors") == sha256(adapter / "adapter_model.safetensors")
+
+
+def test_dry_run_prints_the_numbers_and_writes_nothing(llama: Path, sparse: Path, text: Path, run: Run) -> None:
+    for model in (llama, sparse):
+        said = run(*words(model, text, "adapter", "--dry-run"))
+        assert "1 adapters of width 8 at layers 0: 768 parameters" in said and "1,536 FLOPs a token" in said
+    assert not Path("adapter").exists() and not Path("adapter.work").exists()
+
+
+def test_killed_and_resumed(llama: Path, text: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def start(out: str, *more: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", MAIN, *words(llama, text, out, "--tokens", "16384", *more)]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+
+    process, deadline = start("killed"), time.monotonic() + PATIENCE
+    while not Path("killed.work/stage1/checkpoint-4/trainer_state.json").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not Path("killed").exists()
+
+    other = start("killed", "--lr", "0.02")
+    _, refusal = other.communicate(timeout=PATIENCE)
+    assert other.returncode == 2 and "lr was 0.01, is 0.02" in refusal
+
+    for out in ("killed", "whole"):
+        process = start(out)
+        _, stderr = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, stderr
+        assert ("resuming after step" in stderr) == (out == "killed") and not Path(f"{out}.work").exists()
+    assert sha256("killed/adapter_model.safetensors") == sha256("whole/adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--layers", "7"], r"[7] not allowed; this model has 0 to 1"),
+        (["--form", "lora"], "allowed: 'ffn', 'bottleneck'"),
+        (["--domain", "a/b"], "domain 'a/b' is not allowed"),
+        (["--reduction", "4"], "give one of them"),
+        (["--retain", "no.txt"], "no.txt' does not exist"),
+    ],
+)
+def test_bad_choices_are_refused_before_anything_is_computed(
+    more: list[str], message: str, llama: Path, text: Path, refused: Run
+) -> None:
+    assert message in refused(*words(llama, text, "out", *more))
+
+
+def test_incomplete_commands_and_wrong_adapters_are_refused(llama: Path, text: Path, refused: Run) -> None:
+    assert "inject needs MODEL, --domain" in refused("inject", llama, "--domain", "pubmed", "-o", "out")
+    assert "merge needs --adapter" in refused("merge", llama, "-o", "out")
+    assert "has no adapter_config.json" in refused("merge", llama, "--adapter", llama, "-o", "out")
+    assert "has no adapter_config.json" in refused("generate", llama, "w1", "--adapter", llama)
+    assert "have the same name" in refused("generate", llama, "w1", "--adapter", "a/x", "--adapter", "b/x")
+    two = ["--adapter", "a", "--weight", "1", "--weight", "2"]
+    assert "1 adapters and 2 weights" in refused("merge", llama, *two, "-o", "out")
+
+
+def test_an_existing_adapter_is_kept(llama: Path, text: Path, adapter: Path, refused: Run) -> None:
+    before = sha256(adapter / "adapter_model.safetensors")
+    assert "choose another, or replace it with --overwrite" in refused(*words(llama, text, "adapter"))
+    assert sha256(adapter / "adapter_model.safetensors") == before
+
+
+def test_loading_an_adapter_trains_nothing(llama: Path, adapter: Path) -> None:
+    from factormix.cli.models import locate, open_adapted
+
+    model = open_adapted(locate(str(llama)), [str(adapter)])
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "mixda" in n)
+    assert not model.training and torch.isfinite(model(torch.tensor([[1, 5]])).logits).all()
