@@ -62,7 +62,7 @@ def convert_sentences(packages: Sequence[Path], out: Path) -> None:
 
 
 def convert_foods(packages: Sequence[Path], out: Path) -> None:
-    """Reviews of fine foods, five stars ("great") or fewer ("other"), in the package's own split; no test text trains."""
+    """Reviews of fine foods, five stars ("great") or fewer ("other"), split as in the package; no test text trains."""
     folder = find_folder(packages, "**/modeldata/data/Rdata.rdx").parent
     train, test = (read_frame(folder, f"{part}_data") for part in ("training", "testing"))
     held = {" ".join(text.split()) for text in test["review"]}

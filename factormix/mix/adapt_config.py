@@ -41,7 +41,9 @@ class AdaptConfig(Config):
     epochs: int = option(20, help="passes over the training examples", minimum=1)
     batch_size: int = option(8, help="examples of one optimiser step", minimum=1)
     tokens: int = option(100_000, help="plain text: tokens to train on; of the development text a tenth", minimum=1)
-    window: int = option(256, help="tokens of an example, longer ones are cut; of plain text, tokens of a window", minimum=8)
+    window: int = option(
+        256, help="tokens of an example, longer ones are cut; of plain text, tokens of a window", minimum=8
+    )
     lr: float = option(5e-4, help="peak learning rate", minimum=0)
     warmup: float = option(0.1, help="fraction of the steps in which the learning rate rises", minimum=0, maximum=1)
     clip: float = option(1.0, help="gradient norm above which gradients are scaled down", minimum=0)

@@ -1,4 +1,4 @@
-"""Stage 2's data as micro-batches: labelled examples for a head, prompts and plain text for the language-modelling head.
+"""Stage 2's data as micro-batches: labelled examples for a head, prompts and plain text for a language-modelling head.
 
 Every batch is padded on the right, whatever the tokenizer does by itself.
 """

@@ -2,8 +2,8 @@
 
     gates over the domains at every adapted FFN  +  a task adapter  +  a head  =  `trained`, and nothing else
 
-Which parameters train is an explicit set of names. It is held against the model before and after everything that PEFT is
-known to change it by: train, enable, disable, load, generate.
+Which parameters train is an explicit set of names. It is held against the model before and after everything that PEFT
+is known to change it by: train, enable, disable, load, generate.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ class MixModel(nn.Module):
         chosen |= {id(p) for p in (self.head.parameters() if self.head is not None else ())}
         self.trained = frozenset(name for name, p in self.named_parameters() if id(p) in chosen)
         if not self.trained:
-            raise FactorMixError("nothing to train: no domain, no task adapter and no head. Name a domain with --domains.")
+            raise FactorMixError(
+                "nothing to train: no domain, no task adapter and no head. Name a domain with --domains."
+            )
         self.register_state_dict_post_hook(_keep_trained)
         self.register_load_state_dict_post_hook(_forgive_frozen)
         self.set_trainable(False)
@@ -187,16 +189,23 @@ class MixModel(nn.Module):
 
     def _around(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         """What goes with the ids: the mask, a prefix where there is one, and no keys and values kept."""
-        cache = self.task_adapter.cache(len(ids))
+        prefix = self.task_adapter.prefix(len(ids))
         no_cache = {"use_cache": False} if getattr(self.config, "use_cache", None) is not None else {}
-        if cache is None:
+        if not prefix:
             return {"attention_mask": mask, **no_cache}
         seen = mask.new_ones(len(ids), self.task_adapter.spec.tokens)  # (N, P)
-        return {"attention_mask": torch.cat([seen, mask], dim=1), "past_key_values": cache, **no_cache}
+        return {"attention_mask": torch.cat([seen, mask], dim=1), **prefix, **no_cache}
 
     @torch.inference_mode()
-    def generate(self, **kwargs: Any) -> Tensor:
-        """transformers' generate with domains, gates and task adapter.
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
+        """transformers' generate with domains, gates and task adapter; one sequence for each prompt.
+
+        Args:
+            input_ids, attention_mask: (N, L), padded on the left.
+            kwargs: its other arguments.
+
+        Returns:
+            (N, L + new), prompts first.
 
         Raises:
             FactorMixError: a model that does not generate.
@@ -204,11 +213,16 @@ class MixModel(nn.Module):
         if not self.model.can_generate():
             raise FactorMixError(f"{type(self.model).__name__} does not generate text; only decoders do.")
         before = trainable_names(self)
-        prefixed = self.task_adapter.cache(1) is not None
-        generate: Any = self.task_adapter.generate if prefixed else self.model.generate
-        out = generate(**kwargs)
+        prefix = self.task_adapter.prefix(len(input_ids))
+        count = self.task_adapter.spec.tokens if prefix else 0
+        # generate() passes over as many ids as its cache holds, so the prefix needs ids that stand for it. Generate of
+        # PEFT 0.21 gives other tokens than forward does (seen with transformers 5.24).
+        ids = torch.cat([input_ids[:, :1].expand(-1, count), input_ids], dim=1)  # (N, P + L)
+        mask = torch.cat([attention_mask.new_ones(len(ids), count), attention_mask], dim=1)  # (N, P + L)
+        generate: Any = self.model.generate
+        out = generate(input_ids=ids, attention_mask=mask, **prefix, **kwargs)  # (N, P + L + new)
         assert_trainable(self, before, "after generate")
-        return cast(Tensor, out)
+        return cast(Tensor, out[:, count:])
 
     def trained_tensors(self) -> dict[str, Tensor]:
         """Copies of what trains, on the CPU."""
@@ -238,4 +252,3 @@ def _keep_trained(module: nn.Module, state: dict[str, Tensor], prefix: str, _: A
 def _forgive_frozen(module: nn.Module, keys: Any) -> None:
     """What `_keep_trained` left out is not missing."""
     keys.missing_keys[:] = [name for name in keys.missing_keys if name in cast(MixModel, module).trained]
-

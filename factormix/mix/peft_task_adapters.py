@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM, PrefixTuningConfig, TaskType
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from factormix.mix.task_adapters import TaskAdapter, TaskAdapterSpec, check_tens
 from factormix.run.errors import FactorMixError
 
 NAME = "task"  # what PEFT calls the adapter
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # newer and older transformers
 _IN_PEFT_FILES = "base_model.model."
 
 
@@ -35,7 +36,10 @@ class LoraAdapter(TaskAdapter):
     def __init__(self, spec: TaskAdapterSpec, model: PreTrainedModel, sites: Sequence[FFNSite]) -> None:
         super().__init__(spec)
         targets = lora_targets(model, sites)
-        self.config = LoraConfig(r=spec.rank, lora_alpha=2 * spec.rank, target_modules=targets)
+        transposed = all(isinstance(model.get_submodule(target), Conv1D) for target in targets)
+        self.config = LoraConfig(
+            r=spec.rank, lora_alpha=2 * spec.rank, target_modules=targets, fan_in_fan_out=transposed
+        )
         of_domains = model.__dict__.pop("peft_config", None)  # else PEFT would count LoRA among the domains
         try:
             tuner = LoraModel(model, {NAME: self.config}, NAME)
@@ -78,17 +82,15 @@ class PrefixAdapter(TaskAdapter):
     """Prefix tuning: virtual keys and values at every layer, handed to the model as a filled cache.
 
     Attributes:
+        argument: of the model's forward that takes the cache.
         encoder: PEFT's embedding of the virtual tokens.
     """
 
     def __init__(self, spec: TaskAdapterSpec, model: PreTrainedModel) -> None:
         super().__init__(spec)
-        refuse_without_cache(model)
-        generates = model.can_generate()
-        self.config = PrefixTuningConfig(
-            num_virtual_tokens=spec.tokens, task_type=TaskType.CAUSAL_LM if generates else TaskType.FEATURE_EXTRACTION
-        )
-        made = (PeftModelForCausalLM if generates else PeftModel)(model, self.config, adapter_name=NAME)
+        self.argument = cache_argument(model)
+        self.config = PrefixTuningConfig(num_virtual_tokens=spec.tokens, task_type=TaskType.CAUSAL_LM)
+        made = PeftModel(model, self.config, adapter_name=NAME)
         self.encoder = made.prompt_encoder[NAME]
         self.__dict__["made"] = made  # not registered: the whole model would be part of the adapter
         self.enabled = True
@@ -97,23 +99,23 @@ class PrefixAdapter(TaskAdapter):
         """Give the model the prefix, or not."""
         self.enabled = on
 
-    def cache(self, batch: int) -> Any:
-        """A fresh cache of `spec.tokens` positions for so many sequences, None while switched off."""
-        return self.__dict__["made"].get_prompt(batch) if self.enabled else None
+    def prefix(self, batch: int) -> dict[str, Any]:
+        """A fresh cache of `spec.tokens` positions for so many sequences; nothing while switched off."""
+        return {self.argument: self.__dict__["made"].get_prompt(batch)} if self.enabled else {}
 
-    def generate(self, **kwargs: Any) -> Tensor:
-        """PEFT's generate with the prefix in front."""
-        return cast(Tensor, self.__dict__["made"].generate(**kwargs))
+    @property
+    def _embedding(self) -> nn.Parameter:
+        return cast(nn.Parameter, self.encoder.get_submodule("embedding").weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """As PEFT's files have them."""
-        return {"prompt_embeddings": self.encoder.embedding.weight.detach()}
+        return {"prompt_embeddings": self._embedding.detach()}
 
     @torch.no_grad()
     def fill(self, tensors: dict[str, Tensor]) -> None:
         """Take the tensors of PEFT's file."""
         check_tensors(self.tensors(), tensors, "task adapter 'prefix'")
-        self.encoder.embedding.weight.copy_(tensors["prompt_embeddings"])
+        self._embedding.copy_(tensors["prompt_embeddings"])
 
 
 def lora_targets(model: PreTrainedModel, sites: Sequence[FFNSite]) -> list[str]:
@@ -141,15 +143,17 @@ def lora_targets(model: PreTrainedModel, sites: Sequence[FFNSite]) -> list[str]:
     return found
 
 
-def refuse_without_cache(model: PreTrainedModel) -> None:
-    """Refuse a prefix where keys and values of earlier tokens cannot be handed in.
+def cache_argument(model: PreTrainedModel) -> str:
+    """What the model's forward calls the keys and values of earlier tokens.
 
     Raises:
-        FactorMixError: with the reason.
+        FactorMixError: they cannot be handed in, with the reason.
     """
     arguments = inspect.signature(model.base_model.forward).parameters
-    if "past_key_values" not in arguments or not model.can_generate():
+    found = next((name for name in CACHE_ARGUMENTS if name in arguments), None)
+    if found is None or not model.can_generate():
         raise FactorMixError(
             f"task adapter 'prefix': {type(model).__name__} takes no keys and values of earlier tokens, which is what "
             "a prefix is; only decoders do. Use 'pfeiffer', 'houlsby' or 'lora'."
         )
+    return found

@@ -86,9 +86,10 @@ class TaskAdapter(nn.Module):
     def enable(self, on: bool) -> None:
         """Run it, or not."""
 
-    def cache(self, batch: int) -> Any:
-        """Keys and values before the first token for so many sequences; None for every kind but prefix."""
-        return None
+    def prefix(self, batch: int) -> dict[str, Any]:
+        """Keys and values before the first token for so many sequences, by the name of the model's argument; empty for
+        every kind but prefix."""
+        return {}
 
     def tensors(self) -> dict[str, Tensor]:
         """What a file of it holds, by name."""

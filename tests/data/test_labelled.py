@@ -129,7 +129,8 @@ def test_regression_is_binned(values: list[float], shots: int, seed: int) -> Non
     assert len(train) == len(dev) <= 4 * shots and not set(train.texts) & set(dev.texts)
     if len(set(values)) == len(values):
         assert len(train) == 4 * shots
-        quarters = [sorted(values).index(v) * 4 // len(values) for v in train.labels or ()]
+        count, ranks = len(values), [sorted(values).index(v) for v in train.labels or ()]
+        quarters = [sum(rank >= count * i // 4 for i in (1, 2, 3)) for rank in ranks]
         assert Counter(quarters) == dict.fromkeys(range(4), shots)
 
 
