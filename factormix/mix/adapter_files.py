@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from factormix.mix.peft_tuner import MixDAConfig, assert_trainable
@@ -52,7 +53,7 @@ def save_adapter(
     Raises:
         FactorMixError: an existing directory, a full disk.
     """
-    tensors = get_peft_model_state_dict(model, adapter_name=domain, save_embedding_layers=False)
+    tensors = adapter_tensors(model, domain)
     with output_directory(path, overwrite) as folder:
         model.peft_config[domain].save_pretrained(str(folder))
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -63,6 +64,13 @@ def save_adapter(
         (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors: readable by the owner alone
         if run is not None:
             write_json(folder / "run.json", run)
+
+
+def adapter_tensors(model: PeftModel, domain: str) -> dict[str, Tensor]:
+    """An adapter's tensors by the names of its file, which are without its own: PEFT's rule, the same in every version
+    of PEFT (0.18 gives those of all adapters together)."""
+    mark = f".mixda_adapters.{domain}."
+    return {n.replace(mark, ".mixda_adapters."): tensor for n, tensor in model.state_dict().items() if mark in n}
 
 
 def load_adapters(model: PreTrainedModel, folders: Mapping[str, str | Path]) -> PeftModel:
@@ -89,7 +97,7 @@ def load_adapters(model: PreTrainedModel, folders: Mapping[str, str | Path]) -> 
             if isinstance(error, FactorMixError):
                 raise
             raise FactorMixError(f"adapter {str(folder)!r} cannot be loaded: {error}") from error
-        wanted = set(get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False))
+        wanted = set(adapter_tensors(adapted, name))
         if saved != wanted:  # PEFT only warns, and leaves a fresh adapter there
             raise FactorMixError(
                 f"{str(Path(folder) / WEIGHTS)!r} does not hold this adapter's tensors: missing "

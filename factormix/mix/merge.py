@@ -96,7 +96,7 @@ def read_neurons(folder: str | Path, weight: float, sites: Mapping[int, FFNSite]
     found: dict[int, FFNWeights] = {}
     for key, shapes in (config.sites or {}).items():
         spec, site = DomainAdapterSpec(**shapes), sites.get(int(key))
-        if site is None or (site.hidden, site.name) != (spec.hidden, _path(config.target_modules, len(found))):
+        if site is None or site.hidden != spec.hidden or site.name not in (config.target_modules or ()):
             here = "no such FFN" if site is None else f"hidden size {site.hidden} at {site.name}"
             raise FactorMixError(f"adapter {str(folder)!r} was made for another model: its site {key} is here {here}.")
         if reason := why_not(spec, site):
@@ -124,10 +124,6 @@ def why_not(spec: DomainAdapterSpec, site: FFNSite) -> str:
     if spec.out_bias and not site.down_bias:
         return f"it has an output bias, the FFN at {site.name} has none; {remedy}"
     return ""
-
-
-def _path(paths: Sequence[str] | None, number: int) -> str:
-    return paths[number] if paths is not None and number < len(paths) else ""
 
 
 def _as_neurons(own: Mapping[str, Tensor], spec: DomainAdapterSpec, weight: float, folder: str | Path) -> FFNWeights:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,17 @@ def test_the_numbers_of_a_dense_and_a_factored_model(tmp_path: Path) -> None:
     merged = merge_adapters(sparse, [(folder, 1.0)])
     assert (merged.inner, merged.neurons, merged.zero_neurons) == (80, 8, 8)
     assert sparse.config.factormix["sites"]["0"]["shared"] == 2 and sparse.config.factormix["sites"]["1"]["shared"] == 1
+
+
+def test_sites_of_one_and_of_two_digits(tmp_path: Path) -> None:
+    """JSON sorts "11" before "2"; once that alone made the merge refuse the adapter's own model."""
+    config = transformers.LlamaConfig(**{**TINY["llama"].options, "num_hidden_layers": 12})
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    wide = copy.deepcopy(model)
+    folder = saved(tmp_path, model, layers=[2, 11])
+    merge_adapters(wide, [(folder, 1.0)])
+    assert (tiny_output(wide) - tiny_output(model)).norm() / tiny_output(model).norm() < 1e-5
 
 
 def test_the_checkpoint_is_an_ordinary_one(tmp_path: Path) -> None:
