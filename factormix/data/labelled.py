@@ -97,7 +97,7 @@ def read_labelled(path: str | Path, kind: str = "auto", labels: bool = True) -> 
     if kind != "auto":
         choose("task kind", kind, KINDS)
     file = Path(path)
-    records, numbers, digest = _read_lines(file)
+    records, numbers, digest = read_lines(file)
     where = [f"{str(file)!r} line {number}" for number in numbers]
     for record, at in zip(records, where):
         _check_text(record, at, labels)
@@ -111,8 +111,12 @@ def read_labelled(path: str | Path, kind: str = "auto", labels: bool = True) -> 
     return Labelled(file.stem, found, [r["text"] for r in records], values, choices, records, digest)
 
 
-def _read_lines(file: Path) -> tuple[list[dict[str, Any]], list[int], str]:
-    """(records, their line numbers, SHA-256 of the file)."""
+def read_lines(file: Path) -> tuple[list[dict[str, Any]], list[int], str]:
+    """The JSON objects of a .jsonl file: (records, their line numbers, SHA-256 of the file).
+
+    Raises:
+        FactorMixError: no such file, not UTF-8, empty, or a line that is no JSON object (named).
+    """
     if file.suffix != ".jsonl":
         raise FactorMixError(f"labelled text {str(file)!r} must be a .jsonl file: {_NEEDED}.")
     if not file.is_file():
