@@ -11,6 +11,7 @@ import torch
 import typer
 from typer.core import TyperGroup
 
+from factormix.cli.adapt import adapt
 from factormix.cli.bench import bench
 from factormix.cli.demo import demo
 from factormix.cli.eval import evaluate
@@ -19,6 +20,7 @@ from factormix.cli.generate import generate
 from factormix.cli.inject import inject
 from factormix.cli.inspect import inspect
 from factormix.cli.merge import merge
+from factormix.cli.predict import predict
 from factormix.cli.show import show
 from factormix.cli.validate import validate
 from factormix.run.errors import FactorMixError
@@ -30,6 +32,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "bench": bench,
     "inject": inject,
     "merge": merge,
+    "adapt": adapt,
+    "predict": predict,
     "inspect": inspect,
     "show": show,
     "validate": validate,

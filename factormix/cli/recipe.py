@@ -1,4 +1,4 @@
-"""A recipe: everything a run of `factormix factor` or `inject` depends on, read from YAML, flags beside it.
+"""A recipe: everything a run of `factormix factor`, `inject` or `adapt` depends on, read from YAML, flags beside it.
 
 model: asset:smollm2          # optional: model, out, text, heal_text, preset
 preset: default
@@ -17,6 +17,7 @@ from typing import Any, Self
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from factormix.factor.config import FactorConfig
+from factormix.mix.adapt_config import AdaptConfig
 from factormix.mix.config import InjectConfig
 from factormix.run.config import Config, describe, option
 from factormix.run.errors import FactorMixError, nearest
@@ -104,6 +105,19 @@ class InjectRecipe(_Recipe):
     knowledge: list[str] = option([], help="text or facts of the domain")
     retain: list[str] = option([], help="general text")
     config: InjectConfig = option(InjectConfig, help="the other keys of a recipe, at its top level")
+
+
+@dataclass(frozen=True)
+class AdaptRecipe(_Recipe):
+    """Which task is learned above which domains; `config` is how."""
+
+    model: str | None = option(None, help="the base model that the adapters were made from")
+    domains: list[str] = option([], help="adapter directories, in the order of the gates' weights")
+    task: str | None = option(None, help="labelled text, prompts with targets, or plain text")
+    dev: str | None = option(None, help="the best checkpoint is chosen on it")
+    test: str | None = option(None, help="scored once, at the end")
+    out: str | None = option(None, help="the directory to write")
+    config: AdaptConfig = option(AdaptConfig, help="the other keys of a recipe, at its top level")
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

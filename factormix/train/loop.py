@@ -13,22 +13,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from factormix.data.packing import Packed
 from factormix.run.errors import FactorMixError
 from factormix.run.record import peak_memory_bytes
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Mapping[str, Tensor]]
 """(model, micro-batch) -> named parts, already weighted; their sum is minimised."""
@@ -138,8 +135,8 @@ class _LossTrainer(Trainer):
 class _Progress(TrainerCallback):
     """A bar on stderr, the loss by step, and the time limit."""
 
-    def __init__(self, label: str, quiet: bool, max_minutes: float) -> None:
-        self.label, self.quiet = label, quiet
+    def __init__(self, label: str, quiet: bool, max_minutes: float, after_step: Callable[[int], None] | None) -> None:
+        self.label, self.quiet, self.after_step = label, quiet, after_step
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
         self.history: list[dict[str, float]] = []
         self.trainer: _LossTrainer | None = None
@@ -154,6 +151,8 @@ class _Progress(TrainerCallback):
         self.history.append({"step": state.global_step, **means})
         self.bar.update(1)
         self.bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
+        if self.after_step is not None:
+            self.after_step(state.global_step)
         if time.monotonic() > self.deadline:
             control.should_training_stop = control.should_save = True
 
@@ -162,7 +161,7 @@ class _Progress(TrainerCallback):
 
 
 def train(
-    model: PreTrainedModel | PeftModel,
+    model: nn.Module,
     text: Packed | Batches,
     loss: Loss,
     learning_rates: Mapping[str, float],
@@ -171,11 +170,13 @@ def train(
     *,
     label: str = "training",
     quiet: bool = False,
+    after_step: Callable[[int], None] | None = None,
 ) -> TrainResult:
     """Train some parameters of a model on text; resumes from the last whole checkpoint in `folder`.
 
     Args:
-        model: left in eval mode, with every requires_grad as it was. Of a PeftModel the checkpoints hold the adapters.
+        model: transformers', PEFT's or any other; left in eval mode, with every requires_grad as it was. Of a PeftModel
+            the checkpoints hold the adapters, of another module its state_dict.
         text: windows, or micro-batches made elsewhere; shuffled by the seed and repeated if there are too few.
         loss: see `Loss`.
         learning_rates: peak rate of each parameter that trains, by its name in the model; all others are frozen.
@@ -183,6 +184,7 @@ def train(
         folder: for checkpoints.
         label: of the progress bar.
         quiet: no bar.
+        after_step: called with the number of each optimiser step, before its checkpoint is written.
 
     Raises:
         FactorMixError: nothing to train, too few tokens for one step, NaN in the loss (the last checkpoint stays).
@@ -197,7 +199,7 @@ def train(
             f"{config.tokens} training tokens are less than one step of {accumulation * window * world} "
             f"({accumulation} windows of {window} on {world} process(es)); ask for more tokens or smaller batch_tokens."
         )
-    device = model.device
+    device = next(model.parameters()).device
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1,
         gradient_accumulation_steps=accumulation, max_grad_norm=config.clip, lr_scheduler_type="cosine",
@@ -210,7 +212,7 @@ def train(
     was_trainable = {name: p.requires_grad for name, p in model.named_parameters()}
     groups = _freeze_others(model, learning_rates, config.weight_decay)
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
-    callback = _Progress(label, quiet or not PartialState().is_main_process, config.max_minutes)
+    callback = _Progress(label, quiet or not PartialState().is_main_process, config.max_minutes, after_step)
     trainer = _LossTrainer(
         model, arguments, train_dataset=_Dataset(batches), data_collator=_the_one, loss=loss,
         optimizers=(optimiser, None), callbacks=[callback],

@@ -1,0 +1,153 @@
+"""The gates as a file of their own: gate.json and gate.safetensors in one folder.
+
+A gate's rows are bound to an order of domains and to the very adapters they were trained over. So gate.json lists the
+domains in order, each with the SHA-256 of its adapter's weights, and others are refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from factormix.mix.adapter_files import WEIGHTS
+from factormix.mix.mix_model import MixModel
+from factormix.mix.task_adapters import check_tensors
+from factormix.run.directory import sha256, write_json
+from factormix.run.errors import FactorMixError
+
+FORMAT_VERSION = 1
+GATE_CONFIG, GATE_WEIGHTS = "gate.json", "gate.safetensors"
+
+
+def domain_hashes(folders: Mapping[str, str | Path]) -> list[dict[str, str]]:
+    """[{"name", "sha256"}] of adapter directories, in order; the hash is of the weights' file.
+
+    Raises:
+        FactorMixError: a directory without weights.
+    """
+    for folder in folders.values():
+        if not (Path(folder) / WEIGHTS).is_file():
+            raise FactorMixError(f"{str(folder)!r} has no {WEIGHTS}, so it is no adapter directory.")
+    return [{"name": name, "sha256": sha256(Path(folder) / WEIGHTS)} for name, folder in folders.items()]
+
+
+def save_gates(mix: MixModel, folders: Mapping[str, str | Path], out: Path) -> None:
+    """Write the gates of a model into the folder `out`, which exists.
+
+    Args:
+        mix: with gates.
+        folders: the adapter directories it was made with, in its order.
+    """
+    assert list(folders) == mix.domains
+    first = next(iter(mix.gates.values()))
+    sites = {str(i): {"hidden": gate.hidden, "domains": list(gate.domains)} for i, gate in mix.gates.items()}
+    values = {
+        "format_version": FORMAT_VERSION,
+        "kind": first.kind,
+        "start": first.start,
+        "domains": domain_hashes(folders),
+        "sites": sites,
+    }
+    write_json(out / GATE_CONFIG, values)
+    write_tensors(out / GATE_WEIGHTS, gate_tensors(mix))
+
+
+def gate_tensors(mix: MixModel) -> dict[str, Tensor]:
+    """By "<site>.<parameter>"."""
+    return {f"{i}.{name}": p.detach() for i, gate in mix.gates.items() for name, p in gate.named_parameters()}
+
+
+def read_gate_config(folder: str | Path) -> dict[str, Any]:
+    """gate.json of a folder.
+
+    Raises:
+        FactorMixError: absent, damaged, or of a newer format.
+    """
+    return read_json(Path(folder) / GATE_CONFIG, FORMAT_VERSION)
+
+
+def check_domains(config: Mapping[str, Any], folders: Mapping[str, str | Path], where: str | Path) -> None:
+    """Hold the domains that a gate was trained over against adapter directories, names, order and weights.
+
+    Args:
+        config: gate.json.
+        folders: by name, in the order they would be loaded.
+        where: of the gate, for the message.
+
+    Raises:
+        FactorMixError: names both sides.
+    """
+    wanted, found = config["domains"], domain_hashes(folders)
+    names = [each["name"] for each in wanted]
+    if names != list(folders):
+        raise FactorMixError(
+            f"the gate in {str(where)!r} weighs the domains {', '.join(names)}, in this order; received "
+            f"{', '.join(folders) or 'none'}. Its rows are bound to the order: give the same domains in the same order."
+        )
+    for here, there in zip(wanted, found):
+        if here["sha256"] != there["sha256"]:
+            raise FactorMixError(
+                f"the gate in {str(where)!r} was trained over an adapter {here['name']!r} whose weights have SHA-256 "
+                f"{here['sha256']}; {str(folders[here['name']])!r} has {there['sha256']}. Take the adapter it was "
+                "trained over, or adapt again."
+            )
+
+
+@torch.no_grad()
+def fill_gates(mix: MixModel, folder: str | Path) -> None:
+    """Take saved gates.
+
+    Raises:
+        FactorMixError: gates of other sites or shapes, or a damaged file.
+    """
+    file = Path(folder) / GATE_WEIGHTS
+    tensors, wanted = read_tensors(file), gate_tensors(mix)
+    check_tensors(wanted, tensors, f"gate {str(file)!r}")
+    for name, tensor in wanted.items():
+        tensor.copy_(tensors[name])
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file as readable as any new file; safetensors alone makes it readable by the owner only."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
+    file.chmod(mode)
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """A safetensors file.
+
+    Raises:
+        FactorMixError: absent or damaged.
+    """
+    if not file.is_file():
+        raise FactorMixError(f"{str(file)!r} is missing; the directory is incomplete. Copy or make it anew.")
+    try:
+        return load_file(file)
+    except Exception as error:  # safetensors' own class
+        raise FactorMixError(f"{str(file)!r} is truncated or no safetensors file ({error}). Copy it again.") from error
+
+
+def read_json(file: Path, version: int) -> dict[str, Any]:
+    """A JSON object with this format_version.
+
+    Raises:
+        FactorMixError: absent, damaged, or of another format.
+    """
+    if not file.is_file():
+        raise FactorMixError(f"{str(file.parent)!r} has no {file.name}; it is not what is needed here, or incomplete.")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        found = values["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FactorMixError(f"{str(file)!r} is damaged ({error!r}). Copy or make it anew.") from error
+    if found != version:
+        raise FactorMixError(f"{str(file)!r} has format_version {found}; this FactorMix reads {version}. Upgrade it.")
+    return dict(values)

@@ -1,0 +1,254 @@
+"""MixModel: a frozen backbone with frozen domain adapters, and what stage 2 trains above them (MixDA, section 3.3).
+
+    gates over the domains at every adapted FFN  +  a task adapter  +  a head  =  `trained`, and nothing else
+
+Which parameters train is an explicit set of names. It is held against the model before and after everything that PEFT
+is known to change it by: train, enable, disable, load, generate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from factormix.ffn import FFNSite
+from factormix.mix.adapter_files import load_adapters
+from factormix.mix.peft_tuner import MixDALayer, assert_trainable, trainable_names
+from factormix.mix.sizes import sites_of
+from factormix.mix.task_adapters import TaskAdapterSpec, freeze, make_task_adapter
+from factormix.nn import DomainGate
+from factormix.run.errors import FactorMixError
+
+HEAD_STD = 0.02  # of the head's weight at the start
+
+
+class TaskHead(nn.Module):
+    """A linear head over one pooled state a sequence, float32: (N, H) -> (N, outputs)."""
+
+    def __init__(self, hidden: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(HEAD_STD * torch.randn(outputs, hidden))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        """pooled (N, H) -> (N, outputs)."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            return nn.functional.linear(pooled.float(), self.weight, self.bias)
+
+
+class MixModel(nn.Module):
+    """Backbone, domains, gates, task adapter and head; see the module's text.
+
+    A checkpoint of it (``state_dict``) holds what trains, by the names in `trained`.
+
+    Args:
+        model: the base, dense or FactorMix, changed in place.
+        domains: adapter directories by name, in the order of the gates' weights; none for a baseline without domains.
+        adapter: the task adapter.
+        outputs: of the head; 0 for none, then the model's own language-modelling head answers.
+        pooling: token the head reads, "last", "mean" or "first".
+        gate, start: kind and start of the gates, see `DomainGate`.
+
+    Attributes:
+        model: the base with everything in it.
+        domains: the names, in order.
+        layers: the FFNs with domain adapters, by site index.
+        task_adapter, head: what was asked for; head is None for language tasks.
+        mask: of the last forward, (N, L); what reads the gates' weights leaves padding out by it.
+
+    Raises:
+        FactorMixError: an encoder-decoder; as `load_adapters` and `make_task_adapter`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        domains: Mapping[str, str | Path],
+        adapter: TaskAdapterSpec,
+        outputs: int,
+        pooling: str = "last",
+        gate: str = "sigmoid",
+        start: str = "on",
+    ) -> None:
+        super().__init__()
+        if model.config.is_encoder_decoder:
+            raise FactorMixError(
+                f"{type(model).__name__} is an encoder-decoder; stage 2 needs one stack, a decoder or an encoder."
+            )
+        sites = sites_of(model)
+        self.model, self.domains, self.pooling = model, list(domains), pooling
+        self.config, self.mask = model.config, torch.ones(0, 0)
+        peft = load_adapters(model, domains) if domains else None
+        self.__dict__["peft"] = peft  # not registered: it holds the same model
+        self.layers = cast(dict[int, MixDALayer], {})
+        self._set_gates(sites, gate, start)
+        freeze(model)
+        self.task_adapter = make_task_adapter(adapter, model, sites)
+        device = model.device
+        hidden = sites[0].hidden
+        self.head = TaskHead(hidden, outputs).to(device) if outputs else None
+        chosen = {id(p) for layer in self.layers.values() for p in cast(DomainGate, layer.gate).parameters()}
+        chosen |= {id(p) for p in self.task_adapter.trained()}
+        chosen |= {id(p) for p in (self.head.parameters() if self.head is not None else ())}
+        self.trained = frozenset(name for name, p in self.named_parameters() if id(p) in chosen)
+        if not self.trained:
+            raise FactorMixError(
+                "nothing to train: no domain, no task adapter and no head. Name a domain with --domains."
+            )
+        self.register_state_dict_post_hook(_keep_trained)
+        self.register_load_state_dict_post_hook(_forgive_frozen)
+        self.set_trainable(False)
+        self.eval()
+
+    def _set_gates(self, sites: Sequence[FFNSite], kind: str, start: str) -> None:
+        """A gate at every site that has an adapter, over the domains that have one there."""
+        for site in sites:
+            try:
+                layer = self.model.get_submodule(site.name)
+            except AttributeError:  # an FFN that is still spread over its layer
+                continue
+            if isinstance(layer, MixDALayer):
+                here = [domain for domain in self.domains if domain in layer.mixda_adapters]
+                gate = DomainGate(site.hidden, here, kind, start)  # type: ignore[arg-type]
+                layer.set_gate(gate.to(next(layer.base_layer.parameters()).device))
+                self.layers[site.index] = layer
+
+    @property
+    def device(self) -> torch.device:
+        """Of the base."""
+        return self.model.device
+
+    @property
+    def gates(self) -> dict[int, DomainGate]:
+        """By site index."""
+        return {index: cast(DomainGate, layer.gate) for index, layer in self.layers.items()}
+
+    def set_trainable(self, on: bool) -> None:
+        """Let exactly `trained` take gradients, or nothing."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(on and name in self.trained)
+
+    def assert_trainable(self, on: bool, when: str) -> None:
+        """Hold what trains against `trained` (on) or nothing.
+
+        Raises:
+            AssertionError: they differ; a defect of ours or of PEFT's.
+        """
+        assert_trainable(self, set(self.trained) if on else set(), when)
+
+    @contextmanager
+    def disabled(self) -> Iterator[PreTrainedModel]:
+        """The base alone, bit for bit: no domain adapter, gate or task adapter. Afterwards everything as before."""
+        before = trainable_names(self)
+        self._enable(False, before)
+        try:
+            yield self.model
+        finally:
+            self._enable(True, before)
+
+    def _enable(self, on: bool, trainable: set[str]) -> None:
+        for layer in self.layers.values():
+            layer.enable_adapters(on)
+        self.task_adapter.enable(on)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in trainable)
+        assert_trainable(self, trainable, "after enable" if on else "after disable")
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """input_ids, attention_mask (N, L) -> the head's (N, outputs), or without a head (N, L, vocabulary); float32.
+
+        Padding may be anywhere: it changes nothing but rounding.
+        """
+        if self.head is not None:
+            return cast(Tensor, self.head(self.pooled(input_ids, attention_mask)))
+        self.mask = attention_mask
+        logits = self.model(input_ids=input_ids, **self._around(input_ids, attention_mask)).logits
+        return cast(Tensor, logits.float())  # (N, L, V)
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """One state a sequence: input_ids, attention_mask (N, L) -> (N, H)."""
+        order = attention_mask.argsort(dim=1, descending=True, stable=True)  # (N, L): text first, padding behind
+        ids, mask = input_ids.gather(1, order), attention_mask.gather(1, order)  # (N, L)
+        self.mask = mask
+        backbone = self.model.base_model
+        states = backbone(input_ids=ids, **self._around(ids, mask)).last_hidden_state  # (N, L, H)
+        if self.pooling == "first":
+            return cast(Tensor, states[:, 0])
+        if self.pooling == "last":
+            last = mask.sum(1) - 1  # (N,)
+            return cast(Tensor, states[torch.arange(len(ids), device=ids.device), last])
+        weights = mask.unsqueeze(-1).float()  # (N, L, 1)
+        return (states.float() * weights).sum(1) / weights.sum(1)  # (N, H)
+
+    def _around(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+        """What goes with the ids: the mask, a prefix where there is one, and no keys and values kept."""
+        prefix = self.task_adapter.prefix(len(ids))
+        no_cache = {"use_cache": False} if getattr(self.config, "use_cache", None) is not None else {}
+        if not prefix:
+            return {"attention_mask": mask, **no_cache}
+        seen = mask.new_ones(len(ids), self.task_adapter.spec.tokens)  # (N, P)
+        return {"attention_mask": torch.cat([seen, mask], dim=1), **prefix, **no_cache}
+
+    @torch.inference_mode()
+    def generate(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
+        """transformers' generate with domains, gates and task adapter; one sequence for each prompt.
+
+        Args:
+            input_ids, attention_mask: (N, L), padded on the left.
+            kwargs: its other arguments.
+
+        Returns:
+            (N, L + new), prompts first.
+
+        Raises:
+            FactorMixError: a model that does not generate.
+        """
+        if not self.model.can_generate():
+            raise FactorMixError(f"{type(self.model).__name__} does not generate text; only decoders do.")
+        before = trainable_names(self)
+        prefix = self.task_adapter.prefix(len(input_ids))
+        count = self.task_adapter.spec.tokens if prefix else 0
+        # generate() passes over as many ids as its cache holds, so the prefix needs ids that stand for it. Generate of
+        # PEFT 0.21 gives other tokens than forward does (seen with transformers 5.24).
+        ids = torch.cat([input_ids[:, :1].expand(-1, count), input_ids], dim=1)  # (N, P + L)
+        mask = torch.cat([attention_mask.new_ones(len(ids), count), attention_mask], dim=1)  # (N, P + L)
+        generate: Any = self.model.generate
+        out = generate(input_ids=ids, attention_mask=mask, **prefix, **kwargs)  # (N, P + L + new)
+        assert_trainable(self, before, "after generate")
+        return cast(Tensor, out[:, count:])
+
+    def trained_tensors(self) -> dict[str, Tensor]:
+        """Copies of what trains, on the CPU."""
+        return {name: p.detach().cpu().clone() for name, p in self.named_parameters() if name in self.trained}
+
+    @torch.no_grad()
+    def fill_trained(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put `trained_tensors` back."""
+        named = dict(self.named_parameters())
+        assert tensors.keys() == self.trained
+        for name, tensor in tensors.items():
+            named[name].copy_(tensor)
+
+    @property
+    def peft(self) -> PeftModel | None:
+        """The same model in PEFT's wrapper, None without domains."""
+        return cast("PeftModel | None", self.__dict__["peft"])
+
+
+def _keep_trained(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
+    """A checkpoint holds what trains: the rest is in the base's and the domains' own files."""
+    for name in list(state):
+        if name.removeprefix(prefix) not in cast(MixModel, module).trained:
+            del state[name]
+
+
+def _forgive_frozen(module: nn.Module, keys: Any) -> None:
+    """What `_keep_trained` left out is not missing."""
+    keys.missing_keys[:] = [name for name in keys.missing_keys if name in cast(MixModel, module).trained]
