@@ -227,7 +227,7 @@ def locate_text(names: Sequence[str], quiet: bool = False) -> list[Path]:
     for name in names:
         path = fetch(name.removeprefix("asset:"), quiet=quiet) if name.startswith("asset:") else Path(name)
         if path.is_dir() and name.startswith("asset:"):
-            files = ", ".join(f"asset:{file.stem}" for file in sorted(path.glob("*.txt")))
+            files = ", ".join(f"asset:{file.stem}" for file in sorted([*path.glob("*.txt"), *path.glob("*.jsonl")]))
             raise FactorMixError(f"{name!r} is not one text; name one: {files or 'asset:brown-train'}.")
         paths.append(path)
     return paths
