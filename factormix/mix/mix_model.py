@@ -167,8 +167,8 @@ class MixModel(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (N, L) -> the head's (N, outputs), or without a head (N, L, vocabulary); float32.
 
-        With a head, padding may be anywhere and changes nothing but rounding. Without, it stands on the right: positions
-        are counted from the row's start.
+        With a head, padding may be anywhere and changes nothing but rounding. Without, it stands on the right:
+        positions are counted from the start of the row.
         """
         if self.head is not None:
             return cast(Tensor, self.head(self.pooled(input_ids, attention_mask)))
