@@ -23,7 +23,7 @@ from factormix.mix.adapter_files import load_adapters
 from factormix.mix.peft_task_adapters import LoraAdapter, PrefixAdapter
 from factormix.mix.peft_tuner import MixDALayer, assert_trainable, trainable_names
 from factormix.mix.sizes import sites_of
-from factormix.mix.task_adapters import ACTIVATION, BottleneckAdapters, TaskAdapter, TaskAdapterSpec, freeze
+from factormix.mix.task_adapters import ACTIVATION, BottleneckAdapters, TaskAdapter, TaskAdapterSpec
 from factormix.nn import DomainGate
 from factormix.run.errors import FactorMixError
 
@@ -92,7 +92,6 @@ class MixModel(nn.Module):
         self.__dict__["peft"] = peft  # not registered: it holds the same model
         self.layers = cast(dict[int, MixDALayer], {})
         self._set_gates(sites, gate, start)
-        freeze(model)
         self.task_adapter = make_task_adapter(adapter, model, sites)
         device = model.device
         hidden = sites[0].hidden

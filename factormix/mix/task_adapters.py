@@ -176,9 +176,3 @@ def check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], what: str
                 f"{what}: {name} has shape {tuple(found[name].shape)} in the file and {tuple(tensor.shape)} here; it "
                 "was made for another model. Load it on the base it was made from."
             )
-
-
-def freeze(module: nn.Module) -> None:
-    """No parameter takes gradients."""
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
