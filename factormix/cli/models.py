@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,13 +149,21 @@ def open_model(
 
 
 def open_adapted(
-    source: Source, adapters: Sequence[str], dtype: str = "float32", device: str = "cpu", device_map: str | None = None
+    source: Source,
+    adapters: Sequence[str],
+    mix: Path | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    device_map: str | None = None,
 ) -> PreTrainedModel:
-    """`open_model` with domain adapters beside its FFNs, all of them active.
+    """`open_model` with domain adapters beside its FFNs, all of them active; or with all of a stage-2 directory.
 
     Raises:
-        FactorMixError: as `open_model`; no MixDA adapter there, two of one name, or one made for another model.
+        FactorMixError: as `open_model`; no MixDA adapter there, two of one name, or one made for another model;
+            adapters beside a stage-2 directory, which names its own; a prefix, which is no part of the model.
     """
+    if mix is not None:
+        return _open_mixed(source, adapters, mix, dtype, device, device_map)
     folders = {Path(adapter).resolve().name: adapter for adapter in adapters}
     if len(folders) < len(adapters):
         raise FactorMixError(f"two adapters of --adapter {list(adapters)} have the same name; rename one directory.")
@@ -165,6 +173,35 @@ def open_adapted(
 
         load_adapters(model, folders)
     return model.eval()
+
+
+def _open_mixed(
+    source: Source, adapters: Sequence[str], mix: Path, dtype: str, device: str, device_map: str | None
+) -> PreTrainedModel:
+    from factormix.mix.load import load_mix, read_task  # imports PEFT
+
+    if adapters:
+        raise FactorMixError(f"--adapter {list(adapters)} beside --mix: {str(mix)!r} names its own adapters. Give one.")
+    values = read_task(mix)
+    if values["task_adapter"]["kind"] == "prefix":
+        raise FactorMixError(f"{str(mix)!r} has a prefix, which only `factormix predict` puts before the text.")
+    check_base(source, mix, values["base"])
+    loaded, _ = load_mix(mix, open_model(source, dtype, device, device_map))
+    return loaded.model.eval()
+
+
+def check_base(source: Source, mix: Path, base: Mapping[str, Any]) -> None:
+    """Refuse another base than the one a stage-2 directory was made from, as task.json knows it.
+
+    Raises:
+        FactorMixError: names both hashes.
+    """
+    known, found = base.get("identity"), identity(source, read_config(source))
+    if known is not None and known != found:
+        raise FactorMixError(
+            f"{source.typed!r} is not the base that {str(mix)!r} was made from: its files have the hash {found}, "
+            f"{known} is recorded. Name the base it was made from."
+        )
 
 
 def open_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -190,7 +227,7 @@ def locate_text(names: Sequence[str], quiet: bool = False) -> list[Path]:
     for name in names:
         path = fetch(name.removeprefix("asset:"), quiet=quiet) if name.startswith("asset:") else Path(name)
         if path.is_dir() and name.startswith("asset:"):
-            files = ", ".join(f"asset:{file.stem}" for file in sorted(path.glob("*.txt")))
+            files = ", ".join(f"asset:{file.stem}" for file in sorted([*path.glob("*.txt"), *path.glob("*.jsonl")]))
             raise FactorMixError(f"{name!r} is not one text; name one: {files or 'asset:brown-train'}.")
         paths.append(path)
     return paths

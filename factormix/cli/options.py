@@ -30,6 +30,10 @@ Adapter = Annotated[
     list[str] | None,
     typer.Option("--adapter", metavar="DIR", help="a domain adapter beside MODEL's FFNs; repeat for more"),
 ]
+Mix = Annotated[
+    Path | None,
+    typer.Option("--mix", metavar="DIR", help="all that `factormix adapt` wrote: adapters, gates, task adapter"),
+]
 Text = Annotated[list[str] | None, typer.Option("--text", metavar="FILE", help=TEXT_HELP)]
 RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", metavar="YAML", help="options in a file; flags given beside it win")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from factormix.cli import options
-from factormix.cli.models import Source, identity, locate, locate_text, open_model, open_tokenizer, read_config
+from factormix.cli.models import Source, check_base, locate, locate_text, open_model, open_tokenizer
 from factormix.data.labelled import read_labelled, read_lines
 from factormix.run.directory import atomic_path
 from factormix.run.errors import FactorMixError
@@ -86,12 +86,7 @@ def _base(mix: Path, base: dict[str, Any], model: str | None, quiet: bool) -> So
     if model is None:
         model = os.path.normpath(mix.resolve() / base["path"]) if base.get("path") else base["model"]
     source = locate(str(model), quiet)
-    known, found = base.get("identity"), identity(source, read_config(source))
-    if known is not None and known != found:
-        raise FactorMixError(
-            f"{source.typed!r} is not the base that {str(mix)!r} was made from: its files have the hash {found}, "
-            f"{known} is recorded. Name the base with --model."
-        )
+    check_base(source, mix, base)
     return source
 
 

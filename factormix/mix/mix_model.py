@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from factormix.ffn import FFNSite
 from factormix.mix.adapter_files import load_adapters
+from factormix.mix.peft_task_adapters import LoraAdapter, PrefixAdapter
 from factormix.mix.peft_tuner import MixDALayer, assert_trainable, trainable_names
 from factormix.mix.sizes import sites_of
-from factormix.mix.task_adapters import TaskAdapterSpec, freeze, make_task_adapter
+from factormix.mix.task_adapters import ACTIVATION, BottleneckAdapters, TaskAdapter, TaskAdapterSpec
 from factormix.nn import DomainGate
 from factormix.run.errors import FactorMixError
 
@@ -40,7 +41,7 @@ class TaskHead(nn.Module):
     def forward(self, pooled: Tensor) -> Tensor:
         """pooled (N, H) -> (N, outputs)."""
         with torch.autocast(pooled.device.type, enabled=False):
-            return nn.functional.linear(pooled.float(), self.weight, self.bias)
+            return nn.functional.linear(pooled.float().to(self.weight.device), self.weight, self.bias)
 
 
 class MixModel(nn.Module):
@@ -85,11 +86,12 @@ class MixModel(nn.Module):
         sites = sites_of(model)
         self.model, self.domains, self.pooling = model, list(domains), pooling
         self.config, self.mask = model.config, torch.ones(0, 0)
+        if hasattr(model, "hf_device_map"):  # a Trainer leaves a model where it is spread over devices
+            self.hf_device_map = model.hf_device_map
         peft = load_adapters(model, domains) if domains else None
         self.__dict__["peft"] = peft  # not registered: it holds the same model
         self.layers = cast(dict[int, MixDALayer], {})
         self._set_gates(sites, gate, start)
-        freeze(model)
         self.task_adapter = make_task_adapter(adapter, model, sites)
         device = model.device
         hidden = sites[0].hidden
@@ -164,7 +166,8 @@ class MixModel(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask (N, L) -> the head's (N, outputs), or without a head (N, L, vocabulary); float32.
 
-        Padding may be anywhere: it changes nothing but rounding.
+        With a head, padding may be anywhere and changes nothing but rounding. Without, it stands on the right:
+        positions are counted from the start of the row.
         """
         if self.head is not None:
             return cast(Tensor, self.head(self.pooled(input_ids, attention_mask)))
@@ -179,11 +182,12 @@ class MixModel(nn.Module):
         self.mask = mask
         backbone = self.model.base_model
         states = backbone(input_ids=ids, **self._around(ids, mask)).last_hidden_state  # (N, L, H)
+        mask = mask.to(states.device)
         if self.pooling == "first":
             return cast(Tensor, states[:, 0])
         if self.pooling == "last":
             last = mask.sum(1) - 1  # (N,)
-            return cast(Tensor, states[torch.arange(len(ids), device=ids.device), last])
+            return cast(Tensor, states[torch.arange(len(ids), device=states.device), last])
         weights = mask.unsqueeze(-1).float()  # (N, L, 1)
         return (states.float() * weights).sum(1) / weights.sum(1)  # (N, H)
 
@@ -240,6 +244,24 @@ class MixModel(nn.Module):
     def peft(self) -> PeftModel | None:
         """The same model in PEFT's wrapper, None without domains."""
         return cast("PeftModel | None", self.__dict__["peft"])
+
+
+def make_task_adapter(spec: TaskAdapterSpec, model: PreTrainedModel, sites: Sequence[FFNSite]) -> TaskAdapter:
+    """A fresh task adapter in a model whose domain adapters stand already.
+
+    Args:
+        spec: which, and how large.
+        model: changed in place; its output stays what it was (but for a prefix, which starts at random).
+        sites: the model's FFNs, found before anything was put beside them.
+
+    Raises:
+        FactorMixError: a family where this kind has no place, with the reason.
+    """
+    if spec.kind == "none":
+        return TaskAdapter(spec)
+    if spec.kind in ACTIVATION:
+        return BottleneckAdapters(spec, model, sites)
+    return LoraAdapter(spec, model, sites) if spec.kind == "lora" else PrefixAdapter(spec, model)
 
 
 def _keep_trained(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:

@@ -92,7 +92,8 @@ def score_examples(
 
 
 def score_language(mix: MixModel, batches: LanguageBatches, loss: TaskLoss) -> dict[str, Any]:
-    """Metrics of prompts or plain text: "loss" (nats a token), "perplexity", "n" tokens, "gates"."""
+    """Metrics of prompts or plain text: "loss" (nats a token), "perplexity", "n" tokens (of a masked language
+    model: those that may be masked), "gates"."""
     assert loss.language is not None
     was_training = mix.training
     mix.eval()

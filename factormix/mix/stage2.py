@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -208,7 +209,7 @@ class _Best:
         metrics = self.score()
         if self.task.better(metrics, self.metrics):
             self.step, self.metrics, self.tensors = step, metrics, self.mix.trained_tensors()
-            if self.work is not None:
+            if self.work is not None and PartialState().is_main_process:
                 self.work.save("best", self.tensors, {"step": step, "metrics": metrics})
 
     def restore(self, step: int) -> None:

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from factormix.experts.packed import activation
 from factormix.ffn import FFNSite, isolate
@@ -177,40 +176,3 @@ def check_tensors(wanted: dict[str, Tensor], found: dict[str, Tensor], what: str
                 f"{what}: {name} has shape {tuple(found[name].shape)} in the file and {tuple(tensor.shape)} here; it "
                 "was made for another model. Load it on the base it was made from."
             )
-
-
-def make_task_adapter(spec: TaskAdapterSpec, model: PreTrainedModel, sites: Sequence[FFNSite]) -> TaskAdapter:
-    """A fresh task adapter in a model whose domain adapters stand already.
-
-    Args:
-        spec: which, and how large.
-        model: changed in place; its output stays what it was (but for a prefix, which starts at random).
-        sites: the model's FFNs, found before anything was put beside them.
-
-    Raises:
-        FactorMixError: a family where this kind has no place, with the reason.
-    """
-    if spec.kind == "none":
-        return TaskAdapter(spec)
-    if spec.kind in ACTIVATION:
-        return BottleneckAdapters(spec, model, sites)
-    from factormix.mix.peft_task_adapters import LoraAdapter, PrefixAdapter  # their checks live beside them
-
-    return LoraAdapter(spec, model, sites) if spec.kind == "lora" else PrefixAdapter(spec, model)
-
-
-def freeze(module: nn.Module) -> None:
-    """No parameter takes gradients."""
-    for parameter in module.parameters():
-        parameter.requires_grad_(False)
-
-
-__all__ = [
-    "Bottleneck",
-    "BottleneckAdapters",
-    "TaskAdapter",
-    "TaskAdapterSpec",
-    "check_tensors",
-    "freeze",
-    "make_task_adapter",
-]

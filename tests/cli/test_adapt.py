@@ -86,6 +86,24 @@ def test_prompts(llama: Path, tmp_path: Path, adapters: str, run: Callable[..., 
     assert sum(line["prediction"] in line["targets"] for line in said) > 20
 
 
+def test_plain_text_gates_in_eval_and_generate(
+    llama: Path, adapters: str, text: Path, run: Callable[..., str], refused: Callable[..., str]
+) -> None:
+    words = "--tokens 2000 --window 32 --lr 0.05 --quiet".split()
+    run("adapt", llama, "--domains", adapters, "--task", text, "--dev", text, "-o", "out", *words)
+    score = ("eval", llama, "--text", text, "--tokens", 1024, "--window", 32, "--quiet", "--json", "e.json")
+
+    def perplexity(*more: str) -> float:
+        run(*score, *more)
+        return float(json.loads(Path("e.json").read_text())["perplexity"]["words"]["model"])
+
+    first, *_ = adapters.split(",")
+    assert len({perplexity(), perplexity("--mix", "out"), perplexity("--adapter", first)}) == 3
+    run("generate", llama, "w1 w2", "--mix", "out", "--max-new-tokens", "2", "--quiet")
+    assert "names its own adapters" in refused(*score, "--mix", "out", "--adapter", first)
+    assert "no task to predict" in refused("predict", "--mix", "out", "--input", "x.jsonl", "-o", "y.jsonl")
+
+
 def test_recipe_and_dry_run(llama: Path, adapters: str, task: Path, tmp_path: Path, run: Callable[..., str]) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"model: {llama}\ntask: {task}\ndomains: [{adapters}]\nshots: 4\nout: out\n", encoding="utf-8")

@@ -38,8 +38,8 @@ def test_learns_a_separable_task_and_changes_nothing_frozen(family: str, tmp_pat
     model, folders = tiny_model(family), domains(family, tmp_path)
     before = {n: p.clone() for n, p in model.named_parameters()}
     train = examples(count=48)
-    config = QUICK.replace(epochs=40)
-    mix, task, done = adapt(model, folders, train, examples(count=24, seed=1), config, words, quiet=True)
+    config = QUICK.replace(epochs=80, reduction=2)
+    mix, task, done = adapt(model, folders, train, train, config, words, quiet=True)  # best on what it learned
     history = [step["task"] for step in done["metrics"]["history"]]
     assert sum(history[-6:]) < 0.5 * sum(history[:6])
     encoded = encode(train, words, task)
@@ -114,7 +114,7 @@ def prompts(path: Path, count: int = 40) -> Path:
 
 def test_prompts_with_targets(tmp_path: Path, words: Any) -> None:
     folders, train = domains("llama", tmp_path), read_examples(prompts(tmp_path / "prompts.jsonl"))
-    config = QUICK.replace(epochs=20)
+    config = QUICK.replace(epochs=80, reduction=2)
     mix, task, done = adapt(tiny_model("llama"), folders, train, train, config, words, quiet=True)
     assert task.kind == "causal-lm" and mix.head is None
     assert done["metrics"]["dev"]["perplexity"] < 5 < 99  # of a vocabulary of 99
