@@ -159,7 +159,11 @@ def _stages(work: WorkDirectory) -> int:
 def _metrics(sparse: PreTrainedModel, made_by: dict[str, Any]) -> dict[str, Any]:
     sites = made_by["sites"]
     ffns = sparse.sparse_ffns().values()  # type: ignore[operator]
-    total = sum(p.numel() for ffn in ffns for p in ffn.parameters())
+    # of a pruned FFN the dropped slices count too
+    total = sum(
+        sum(p.numel() for p in ffn.parameters()) * ffn.spec.slices / (ffn.spec.slices - ffn.spec.layout.dropped)
+        for ffn in ffns
+    )
     metrics: dict[str, Any] = {
         "parameters": sparse.num_parameters(),
         "parameters_per_token": parameters_per_token(sparse),
