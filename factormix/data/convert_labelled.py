@@ -43,8 +43,11 @@ def convert_sections(packages: Sequence[Path], out: Path) -> None:
                 seen.add(number)
                 part = HELD_OUT.get(number % 20, "train")
                 split[part] += [(text, category) for text, category in sections if category in SECTIONS]
-    for part, examples in split.items():
-        write_examples(out / f"pubmed-sections-{part}.jsonl", examples)
+    held: set[str] = set()
+    for part in ("test", "dev", "train"):  # a section that stands in two abstracts stays in one part
+        new = [(text, category) for text, category in split[part] if text not in held]
+        write_examples(out / f"pubmed-sections-{part}.jsonl", new)
+        held |= {text for text, _ in split[part]}
 
 
 def convert_sentences(packages: Sequence[Path], out: Path) -> None:

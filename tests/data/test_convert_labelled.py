@@ -42,11 +42,15 @@ def article(number: int, *sections: tuple[str, str]) -> str:
 def test_sections_are_split_by_document(tmp_path: Path) -> None:
     data = tmp_path / "package" / "data"
     data.mkdir(parents=True)
-    articles = [article(n, ("METHODS", f"m{n}"), ("RESULTS", f"r{n}"), ("UNASSIGNED", f"u{n}")) for n in range(1, 41)]
+    articles = [
+        article(n, ("METHODS", "all alike"), ("METHODS", f"m{n}"), ("RESULTS", f"r{n}"), ("UNASSIGNED", f"u{n}"))
+        for n in range(1, 41)
+    ]
     for name, some in zip(PARTS, (articles, articles[:3])):  # the second file repeats three articles
         (data / name).write_bytes(gzip.compress(f"<Set>{''.join(some)}</Set>".encode()))
     convert_sections([tmp_path / "package"], tmp_path)
     found = {part: lines(tmp_path / f"pubmed-sections-{part}.jsonl") for part in ("train", "dev", "test")}
+    assert found["test"].pop(0) == ("all alike", "METHODS")  # a text of all parts stays in the test set alone
     assert found["test"] == [("m20", "METHODS"), ("r20", "RESULTS"), ("m40", "METHODS"), ("r40", "RESULTS")]
     assert {t for t, _ in found["dev"]} == {"m10", "r10", "m30", "r30"} and len(found["train"]) == 72
 
