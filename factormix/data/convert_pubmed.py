@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 from factormix.data.convert_text import find_folder, write_documents
 
 PARTS = ("pubmed20n0014.xml.gz", "pubmed21n1298.xml.gz")  # of the baseline of 2020 and of the updates of 2021
+LONG = 80  # letters of a title or section that two articles do not share by chance
 HELD_OUT = {0: "test", 10: "dev"}  # by the article's number modulo 20: 5 % each
 
 
@@ -23,8 +24,11 @@ def convert_pubmed(packages: Sequence[Path], out: Path) -> None:
             if number not in seen:
                 seen.add(number)
                 split[HELD_OUT.get(number % 20, "train")].append(document)
-    for part, documents in split.items():
-        write_documents(out / f"pubmed-{part}.txt", documents)
+    held: set[str] = set()
+    for part in ("test", "dev", "train"):  # some abstracts come under two numbers: they stay in one part
+        new = [document for document in split[part] if held.isdisjoint(document.split("\n"))]
+        write_documents(out / f"pubmed-{part}.txt", new)
+        held |= {line for document in new for line in document.split("\n") if len(line) >= LONG}
 
 
 def articles(file: Path) -> Iterator[tuple[int, str]]:

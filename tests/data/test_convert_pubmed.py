@@ -29,3 +29,15 @@ def test_articles_with_an_abstract_once_each_split_by_number(tmp_path: Path) -> 
     parts = {p: read_documents(tmp_path / f"pubmed-{p}.txt").texts for p in ("train", "dev", "test")}
     assert parts["test"] == ["On CO2.\nSome gas.\nIt rises."]
     assert parts["dev"] == ["Dev.\nd"] and parts["train"] == ["Train.\nt"]
+
+
+def test_an_abstract_under_two_numbers_stays_in_one_part(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    words = "the same long section, word for word, in two articles of different numbers and titles, as it happens"
+    body = article(21, "Train.", "own", words) + article(40, "Test.", words) + article(30, "Dev.", "short")
+    body += article(23, "Other.", "short")  # short ones may well be alike
+    for name in PARTS:
+        (tmp_path / "data" / name).write_bytes(gzip.compress(f"<PubmedArticleSet>{body}</PubmedArticleSet>".encode()))
+    convert_pubmed([tmp_path], tmp_path)
+    parts = {p: read_documents(tmp_path / f"pubmed-{p}.txt").texts for p in ("train", "dev", "test")}
+    assert parts == {"train": ["Other.\nshort"], "dev": ["Dev.\nshort"], "test": [f"Test.\n{words}"]}
