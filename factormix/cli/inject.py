@@ -118,7 +118,7 @@ def inject(
         "metrics": done["metrics"],
     }
     options.put_json(json, result)
-    typer.echo(_summary(run, source, result, paths[0]))
+    typer.echo(_summary(run, source, result))
 
 
 def _empty(config: PretrainedConfig) -> PreTrainedModel:
@@ -154,7 +154,7 @@ def _budget(config: InjectConfig) -> str:
     return f"{config.tokens:,} tokens of knowledge, {config.batch_tokens:,} a step; {old}"
 
 
-def _summary(run: InjectRecipe, source: Source, result: dict[str, Any], text: Path) -> str:
+def _summary(run: InjectRecipe, source: Source, result: dict[str, Any]) -> str:
     adapter, history = result["metrics"]["adapter"], result["metrics"]["history"] or [{}]
     parts = ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items() if name != "step")
     words = [
@@ -166,12 +166,11 @@ def _summary(run: InjectRecipe, source: Source, result: dict[str, Any], text: Pa
         "--against",
         source.typed,
         "--text",
-        str(text),
     ]
     return "\n".join([
         f"{run.out}: {adapter['parameters']:,} parameters ({100 * adapter['share']:.2f} % of the model), width "
         f"{adapter['width']} at layers {', '.join(map(str, adapter['layers']))}",
         f"{result['tokens']:,} tokens of knowledge, {result['seconds']:.0f} s, "
         f"{result['peak_bytes'] / 2**30:.2f} GiB at most; loss at the end: {parts}",
-        f"next: {shlex.join(words)}",
+        f"next, on text of the domain that it was not taught: {shlex.join(words)} FILE",
     ])  # fmt: skip

@@ -38,7 +38,7 @@ def adapter(llama: Path, text: Path, run: Run) -> Path:
 
 def test_inject_writes_pefts_directory_and_a_record(llama: Path, text: Path, run: Run) -> None:
     said = run(*words(llama, text, "adapter", "--json", "result.json"))
-    assert "768 parameters" in said and "next: factormix eval" in said
+    assert "768 parameters" in said and "was not taught: factormix eval" in said and "--text FILE" in said
     names = {path.name for path in Path("adapter").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "run.json"}
     assert not Path("adapter.work").exists()
