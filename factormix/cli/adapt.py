@@ -24,6 +24,7 @@ from factormix.cli.models import (
     read_config,
 )
 from factormix.cli.recipe import AdaptRecipe, merged
+from factormix.cli.training import result_json, say_resumed
 from factormix.data.labelled import Labelled
 from factormix.data.text import Documents
 from factormix.mix.adapt_config import AdaptConfig
@@ -36,8 +37,6 @@ from factormix.run.workdir import WorkDirectory
 if TYPE_CHECKING:
     from factormix.mix.mix_model import MixModel
     from factormix.mix.task import Task
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -120,8 +119,9 @@ def adapt(
         base = open_model(source, dtype, device, device_map)
         known = identity(source, base.config)
     fingerprint = {"config": config.to_dict(), "data": {**data.hashes, "model": known, "dtype": dtype}}
-    work = _work(run.out, {**fingerprint, "domains": list(hashes.items())}, overwrite, quiet)
-    try:
+    work = WorkDirectory(f"{run.out}.work", {**fingerprint, "domains": list(hashes.items())}, overwrite)
+    say_resumed(work, "stage2", quiet)
+    with work.removed_if_without("stage2/checkpoint-*"):
         with record.phase("train"):
             mix, learned, done = stage2.adapt(
                 base, folders, train, held, _drawn(config), tokenizer, work=work, quiet=quiet
@@ -129,24 +129,13 @@ def adapt(
         if data.test is not None:
             with record.phase("test"):
                 done["metrics"]["test"] = _test(mix, learned, data.test, tokenizer, config)
-    except BaseException:
-        if not any(work.path.glob("stage2/checkpoint-*")):
-            work.remove()
-        raise
     record.tokens, record.metrics = done["tokens"], done["metrics"]
     record.peak_memory_bytes = peak_memory_bytes(record.device)
     load.save_mix(
         mix, learned, folders, run.out, base=_base(source, run.out, known), overwrite=overwrite, run=record.to_dict()
     )
     work.remove()
-    result = {
-        "schema_version": SCHEMA_VERSION,
-        "seconds": time.perf_counter() - started,
-        "tokens": done["tokens"],
-        "peak_bytes": record.peak_memory_bytes,
-        "params_trained": done["params_trained"],
-        "metrics": done["metrics"],
-    }
+    result = result_json(record, started, done["params_trained"])
     options.put_json(json, result)
     typer.echo(_summary(run.out, learned, result))
 
@@ -182,21 +171,6 @@ def _read(run: AdaptRecipe, quiet: bool) -> _Data:
 def _drawn(config: AdaptConfig) -> AdaptConfig:
     """The config for examples that have been drawn already."""
     return config.replace(shots=None)
-
-
-def _work(out: str, fingerprint: dict[str, Any], overwrite: bool, quiet: bool) -> WorkDirectory:
-    """The work directory: this run's own goes on, with --overwrite too; another run's is replaced only by that."""
-    path = Path(f"{out}.work")
-    try:
-        work = WorkDirectory(path, fingerprint)
-    except FactorMixError:
-        if not overwrite:
-            raise
-        work = WorkDirectory(path, fingerprint, overwrite=True)
-    steps = [int(folder.name.split("-")[1]) for folder in work.path.glob("stage2/checkpoint-*")]
-    if steps:
-        say(f"resuming after step {max(steps)} in {str(work.path)!r}.", quiet)
-    return work
 
 
 def _test(mix: MixModel, task: Task, test: Labelled | Documents, tokenizer: Any, config: AdaptConfig) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from factormix.cli.models import (
 )
 from factormix.cli.plan import describe_run
 from factormix.cli.recipe import Recipe, merged
+from factormix.cli.training import result_json
 from factormix.evaluate.cost import parameters_per_token
 from factormix.factor.advice import export_advice
 from factormix.factor.config import FactorConfig
@@ -37,10 +38,9 @@ from factormix.run.directory import check_output
 from factormix.run.errors import FactorMixError
 from factormix.run.progress import say
 from factormix.run.record import RunRecord, peak_memory_bytes
-from factormix.run.workdir import WorkDirectory
 
-SCHEMA_VERSION = 1
 DEFAULT_TEXT = "asset:brown-train"
+STAGES = "site-*.json"  # of the work directory, one an FFN
 MEASURES = ("recall", "captured", "error_before", "error_after")
 
 
@@ -93,35 +93,23 @@ def factor(
     with record.phase("load"):
         tokenizer = open_tokenizer(source)
         dense = open_model(source, dtype, device, device_map)
-    work = _work(plan.out, config, {**data, "model": identity(source, dense.config), "dtype": dtype}, overwrite, quiet)
-    try:
-        with record.phase("factorize"):
-            sparse = factorize(
-                dense, config, [str(path) for path in paths], tokenizer,
-                healing=[str(path) for path in heal_paths] or None, keep_dense=config.heal.tokens > 0,
-                work=work, quiet=quiet,
-            )  # fmt: skip
-    except BaseException:
-        if not _stages(work):
-            work.remove()
-        raise
+    known = {**data, "model": identity(source, dense.config), "dtype": dtype}
+    work = work_directory(plan.out, config, known, overwrite)
+    if done := len(list(work.path.glob(STAGES))):
+        say(f"resuming: {done} FFNs are done in {str(work.path)!r}.", quiet)
+    with work.removed_if_without(STAGES), record.phase("factorize"):
+        sparse = factorize(
+            dense, config, [str(path) for path in paths], tokenizer,
+            healing=[str(path) for path in heal_paths] or None, keep_dense=config.heal.tokens > 0,
+            work=work, quiet=quiet,
+        )  # fmt: skip
     made_by = sparse.config.factormix["made_by"]
     record.tokens = made_by["calibration"]["tokens"] + made_by.get("healing", {}).get("tokens", 0)
     record.metrics = _metrics(sparse, made_by)
     record.peak_memory_bytes = peak_memory_bytes(record.device)
     checkpoint.save(sparse, plan.out, tokenizer, overwrite, run=record.to_dict())
     work.remove()
-    options.put_json(
-        json,
-        {
-            "schema_version": SCHEMA_VERSION,
-            "seconds": time.perf_counter() - started,
-            "tokens": record.tokens,
-            "peak_bytes": peak_memory_bytes(record.device),
-            "params_trained": _trained(sparse, config),
-            "metrics": record.metrics,
-        },
-    )
+    options.put_json(json, result_json(record, started, _trained(sparse, config)))
     typer.echo(_summary(record, plan.model, plan.out))
 
 
@@ -137,23 +125,6 @@ def _check(source: Source, config: FactorConfig, dtype: str, show: bool, quiet: 
         say(f"note: {advice}", quiet)
     if show:
         typer.echo("\n".join(lines))
-
-
-def _work(out: str, config: FactorConfig, data: dict[str, str], overwrite: bool, quiet: bool) -> WorkDirectory:
-    """The work directory: this run's own goes on, with --overwrite too; another run's is replaced only by that."""
-    try:
-        work = work_directory(out, config, data)
-    except FactorMixError:
-        if not overwrite:
-            raise
-        work = work_directory(out, config, data, overwrite=True)
-    if done := _stages(work):
-        say(f"resuming: {done} FFNs are done in {str(work.path)!r}.", quiet)
-    return work
-
-
-def _stages(work: WorkDirectory) -> int:
-    return sum(1 for _ in work.path.glob("site-*.json"))
 
 
 def _metrics(sparse: PreTrainedModel, made_by: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from factormix.cli.models import (
     text_hashes,
 )
 from factormix.cli.recipe import InjectRecipe, merged
+from factormix.cli.training import result_json, say_resumed
 from factormix.ffn.cost import empty_model
 from factormix.mix.config import InjectConfig
 from factormix.run.directory import check_output
@@ -32,8 +33,6 @@ from factormix.run.errors import FactorMixError
 from factormix.run.progress import say
 from factormix.run.record import RunRecord, peak_memory_bytes
 from factormix.run.workdir import WorkDirectory
-
-SCHEMA_VERSION = 1
 
 
 @options.config_flags(InjectConfig)
@@ -97,26 +96,17 @@ def inject(
     held = len(micro) * micro.tokens
     if held < config.tokens:
         say(f"the knowledge fills {held:,} tokens; it is read {config.tokens / held:.1f} times.", quiet)
-    work = _work(run, {**data, "model": identity(source, base.config), "dtype": dtype}, overwrite, quiet)
-    try:
-        with record.phase("train"):
-            adapted, done = stage1.inject(base, run.domain, micro, config, tokenizer, work=work, quiet=quiet)
-    except BaseException:
-        if not any(work.path.glob("stage1/checkpoint-*")):
-            work.remove()
-        raise
+    known = {**data, "model": identity(source, base.config), "dtype": dtype}
+    fingerprint = {"config": config.to_dict(), "domain": run.domain, "data": known}
+    work = WorkDirectory(f"{run.out}.work", fingerprint, overwrite)
+    say_resumed(work, "stage1", quiet)
+    with work.removed_if_without("stage1/checkpoint-*"), record.phase("train"):
+        adapted, done = stage1.inject(base, run.domain, micro, config, tokenizer, work=work, quiet=quiet)
     record.tokens, record.metrics = done["tokens"], done["metrics"]
     record.peak_memory_bytes = peak_memory_bytes(record.device)
     adapter_files.save_adapter(adapted, run.domain, run.out, run.model, overwrite, run=record.to_dict())
     work.remove()
-    result = {
-        "schema_version": SCHEMA_VERSION,
-        "seconds": time.perf_counter() - started,
-        "tokens": done["tokens"],
-        "peak_bytes": record.peak_memory_bytes,
-        "params_trained": done["params_trained"],
-        "metrics": done["metrics"],
-    }
+    result = result_json(record, started, done["params_trained"])
     options.put_json(json, result)
     typer.echo(_summary(run, source, result))
 
@@ -131,22 +121,6 @@ def _empty(config: PretrainedConfig) -> PreTrainedModel:
 def _window(asked: int, model: PreTrainedModel) -> int:
     """As long as asked, where the model has so many positions."""
     return min(asked, getattr(model.config, "max_position_embeddings", None) or asked)
-
-
-def _work(run: InjectRecipe, data: dict[str, str], overwrite: bool, quiet: bool) -> WorkDirectory:
-    """The work directory: this run's own goes on, with --overwrite too; another run's is replaced only by that."""
-    path = Path(f"{run.out}.work")
-    fingerprint = {"config": run.config.to_dict(), "domain": run.domain, "data": data}
-    try:
-        work = WorkDirectory(path, fingerprint)
-    except FactorMixError:
-        if not overwrite:
-            raise
-        work = WorkDirectory(path, fingerprint, overwrite=True)
-    steps = [int(folder.name.split("-")[1]) for folder in work.path.glob("stage1/checkpoint-*")]
-    if steps:
-        say(f"resuming after step {max(steps)} in {str(work.path)!r}.", quiet)
-    return work
 
 
 def _budget(config: InjectConfig) -> str:

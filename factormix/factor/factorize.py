@@ -221,5 +221,5 @@ def _load_done(
 def work_directory(
     out: str | Path, config: FactorConfig, data: dict[str, str], overwrite: bool = False
 ) -> WorkDirectory:
-    """The resumable scratch folder of a run that will write `out`: same recipe and data go on, others are refused."""
+    """The resumable scratch folder of a run that will write `out`: of this recipe and data, see `WorkDirectory`."""
     return WorkDirectory(Path(f"{out}.work"), {"config": config.to_dict(), "data": data}, overwrite)

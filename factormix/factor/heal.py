@@ -86,10 +86,7 @@ def heal(
         if isinstance(module, SparseFFN):
             for inner, _ in module.named_parameters():
                 rates[f"{name}.{inner}"] = config.router_lr if inner.startswith("router.") else config.lr
-    loop = LoopConfig(
-        tokens=config.tokens, batch_tokens=config.batch_tokens, warmup=config.warmup, clip=config.clip,
-        weight_decay=config.weight_decay, save_steps=config.save_steps, seed=seed, max_minutes=config.max_minutes,
-    )  # fmt: skip
+    loop = LoopConfig.of(config, seed=seed)
     loss = HealingLoss(student, teacher.eval(), config, label, pa_form)
     with tempfile.TemporaryDirectory() as scratch, loss.watching():
         folder = scratch if work is None else work.path / "healing"

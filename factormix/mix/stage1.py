@@ -101,11 +101,7 @@ def inject(
     )
     trained = adapter_names(adapted, domain)
     assert_trainable(adapted, trained, "after get_peft_model")
-    loop = LoopConfig(
-        tokens=config.tokens, batch_tokens=config.batch_tokens, warmup=config.warmup, clip=config.clip,
-        weight_decay=config.weight_decay, save_steps=config.save_steps, seed=config.seed,
-        max_minutes=config.max_minutes,
-    )  # fmt: skip
+    loop = LoopConfig.of(config)
     loss = InjectionLoss(model, domain, config, mask)
     with tempfile.TemporaryDirectory() as scratch:
         folder = scratch if work is None else work.path / "stage1"

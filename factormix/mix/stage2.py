@@ -172,11 +172,7 @@ def _loop(task: Task, batches: LabelledBatches | LanguageBatches, config: AdaptC
         tokens = max(config.tokens, batch_tokens)
     else:
         batch_tokens, tokens = one, len(batches) * one
-    return LoopConfig(
-        tokens=tokens, batch_tokens=batch_tokens, warmup=config.warmup, clip=config.clip,
-        weight_decay=config.weight_decay, save_steps=config.save_steps, seed=config.seed,
-        max_minutes=config.max_minutes,
-    )  # fmt: skip
+    return LoopConfig.of(config, tokens=tokens, batch_tokens=batch_tokens)
 
 
 class _Best:

@@ -18,6 +18,8 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ class WorkDirectory:
     Args:
         path: the folder, by custom ``<output>.work``.
         fingerprint: all that the stages depend on (model, data hashes, config); JSON values, nesting allowed.
-        overwrite: start anew when the folder holds another run's stages, or this one's.
+        overwrite: another run's stages, or damaged ones, make way; this run's own go on all the same.
 
     Raises:
         FactorMixError: the folder belongs to a run with another fingerprint (the differing keys are named), or is
@@ -57,21 +59,26 @@ class WorkDirectory:
                 f"{str(self.path)!r} exists and is not a FactorMix work directory (no fingerprint.json); "
                 "move it away or choose another output."
             )
-        if known and overwrite:
+        if not known:
+            return
+        try:
+            self._refuse_another(wanted)
+        except FactorMixError:
+            if not overwrite:
+                raise
             self.remove()
-        elif known:
-            try:
-                found = json.loads(self._fingerprint_file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise FactorMixError(
-                    f"{str(self._fingerprint_file)!r} is damaged; start anew with --overwrite."
-                ) from error
-            differences = _differences(found, wanted)
-            if differences:
-                raise FactorMixError(
-                    f"{str(self.path)!r} holds the work of another run; differing: {'; '.join(differences)}. "
-                    "Run with the old settings to resume it, or start anew with --overwrite."
-                )
+
+    def _refuse_another(self, wanted: dict[str, Any]) -> None:
+        try:
+            found = json.loads(self._fingerprint_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise FactorMixError(f"{str(self._fingerprint_file)!r} is damaged; start anew with --overwrite.") from error
+        differences = _differences(found, wanted)
+        if differences:
+            raise FactorMixError(
+                f"{str(self.path)!r} holds the work of another run; differing: {'; '.join(differences)}. "
+                "Run with the old settings to resume it, or start anew with --overwrite."
+            )
 
     def done(self, stage: str) -> bool:
         """True when the stage is saved and whole; a missing, cut off or altered file counts as not done."""
@@ -95,6 +102,17 @@ class WorkDirectory:
         if meta is None:
             raise FactorMixError(f"stage {stage!r} is not done in {str(self.path)!r}; run it first.")
         return load_file(self._file(stage)), meta
+
+    @contextmanager
+    def removed_if_without(self, pattern: str) -> Iterator[None]:
+        """Around the work: where it fails before any file matches `pattern`, there is nothing to resume and the folder
+        goes."""
+        try:
+            yield
+        except BaseException:
+            if not any(self.path.glob(pattern)):
+                self.remove()
+            raise
 
     def remove(self) -> None:
         """Delete the folder and all stages."""

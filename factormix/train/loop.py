@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from factormix.data.packing import Packed
+from factormix.run.config import Config, describe
 from factormix.run.errors import FactorMixError
 from factormix.run.record import peak_memory_bytes
 
@@ -65,6 +66,12 @@ class LoopConfig:
     seed: int = 0
     bf16: bool | None = None
     max_minutes: float = 0.0
+
+    @classmethod
+    def of(cls, options: Config, **numbers: Any) -> LoopConfig:
+        """The fields that `options`, the config of a training command, has under these names; `numbers` win."""
+        own = {field.name for field in fields(cls)} & {option.name for option in describe(type(options))}
+        return cls(**{**{name: getattr(options, name) for name in own}, **numbers})
 
 
 @dataclass

@@ -132,3 +132,18 @@ work.save("two", {{"a": torch.zeros(3)}}, {{"version": "new"}})
         assert again.load("two")[1] == {"version": "old"} and torch.equal(again.load("two")[0]["a"], torch.ones(3))
     else:
         assert not again.done("two")  # new tensors, old meta data: never served together
+
+
+def test_overwrite_keeps_this_runs_own_stages(tmp_path: Path) -> None:
+    WorkDirectory(tmp_path / "w", FINGERPRINT).save("one", {}, {"n": 1})
+    assert WorkDirectory(tmp_path / "w", FINGERPRINT, overwrite=True).done("one")
+
+
+@pytest.mark.parametrize("stages", [0, 1])
+def test_a_failure_with_nothing_to_resume_leaves_no_folder(tmp_path: Path, stages: int) -> None:
+    work = WorkDirectory(tmp_path / "w", FINGERPRINT)
+    for number in range(stages):
+        work.save(f"site-{number}", {})
+    with pytest.raises(KeyboardInterrupt), work.removed_if_without("site-*.json"):
+        raise KeyboardInterrupt
+    assert work.path.exists() == bool(stages)
