@@ -22,7 +22,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from transformers.models.auto import modeling_auto
 
 from factormix.nn import FactorMixMixin, base_class, factormix_class
-from factormix.run.directory import output_directory, sha256, write_json
+from factormix.run.directory import check_hashes, output_directory, sha256, write_json
 from factormix.run.errors import FactorMixError
 
 FORMAT_VERSION = 1
@@ -242,12 +242,7 @@ def verify(folder: Path) -> None:
         raise FactorMixError(
             f"{str(folder / HASHES)!r} is missing or unreadable ({error}); cannot trust this directory."
         ) from error
-    for name, digest in hashes.items():
-        file = folder / name
-        if not file.is_file():
-            raise FactorMixError(f"{str(file)!r} is missing; the directory is incomplete. Copy or make it anew.")
-        if sha256(file) != digest:
-            raise FactorMixError(f"{str(file)!r} was altered or truncated: its SHA-256 is not the one in {HASHES}.")
+    check_hashes(folder, hashes, HASHES)
     extra = sorted(p.name for p in folder.glob("*.safetensors") if p.name not in hashes)
     if extra:
         raise FactorMixError(f"{str(folder / extra[0])!r} is not listed in {HASHES}: a foreign weight file. Remove it.")

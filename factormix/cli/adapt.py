@@ -15,6 +15,7 @@ import typer
 from factormix.cli import options
 from factormix.cli.models import (
     Source,
+    by_name,
     check_compute,
     identity,
     locate,
@@ -144,9 +145,7 @@ def _folders(domains: list[str]) -> dict[str, Path]:
     """Adapter directories by their names, which name the domains."""
     from factormix.mix.adapter_files import check_domain
 
-    folders = {Path(folder).resolve().name: Path(folder) for folder in domains}
-    if len(folders) < len(domains):
-        raise FactorMixError(f"two of --domains {','.join(domains)} have the same name; rename one directory.")
+    folders = by_name("--domains", domains)
     for name, folder in folders.items():
         check_domain(name)
         if not folder.is_dir():

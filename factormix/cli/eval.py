@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from factormix.cli import options
 from factormix.cli.models import locate, locate_text, open_adapted, open_model, open_tokenizer
-from factormix.data.packing import Packed, pack
+from factormix.data.packing import Packed, pack, wants_bos
 from factormix.data.text import Documents, read_documents
 from factormix.evaluate.suite import Evaluation
 from factormix.evaluate.suite import evaluate as score
@@ -62,15 +62,10 @@ def pack_text(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, window: int, tokens: int, quiet: bool
 ) -> Packed:
     """`tokens` tokens of a text, or all its whole windows where it is shorter; BOS where the tokenizer has one."""
-    bos = None if tokenizer.bos_token_id is None else True
-    try:
-        return pack(documents.texts, tokenizer, window=window, tokens=tokens, bos=bos)
-    except FactorMixError:
-        packed = pack(documents.texts, tokenizer, window=window, bos=bos)  # raises what was wrong, if not the length
-        if packed.tokens >= tokens:
-            raise
+    packed = pack(documents.texts, tokenizer, window, tokens, bos=wants_bos(tokenizer), at_most=True)
+    if packed.tokens < tokens // window * window:
         say(f"{documents.name} is shorter than {tokens:,} tokens; all its {packed.tokens:,} are used.", quiet)
-        return packed
+    return packed
 
 
 def _by_stem(paths: Sequence[Path]) -> dict[str, Documents]:

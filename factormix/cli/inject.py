@@ -26,6 +26,7 @@ from factormix.cli.models import (
 )
 from factormix.cli.recipe import InjectRecipe, merged
 from factormix.cli.training import result_json, say_resumed
+from factormix.data.packing import fitting
 from factormix.ffn.cost import empty_model
 from factormix.mix.config import InjectConfig
 from factormix.run.directory import check_output
@@ -91,7 +92,7 @@ def inject(
         base = open_model(source, dtype, device, device_map)
         micro = batches.stage1_batches(
             paths, [str(path) for path in general], tokenizer,
-            window=_window(config.window, base), tokens=config.tokens, seed=config.seed,
+            window=fitting(config.window, base.config), tokens=config.tokens, seed=config.seed,
         )  # fmt: skip
     held = len(micro) * micro.tokens
     if held < config.tokens:
@@ -116,11 +117,6 @@ def _empty(config: PretrainedConfig) -> PreTrainedModel:
     if not isinstance(config, checkpoint.FactorMixConfig):
         return empty_model(config)
     return checkpoint.empty(config)
-
-
-def _window(asked: int, model: PreTrainedModel) -> int:
-    """As long as asked, where the model has so many positions."""
-    return min(asked, getattr(model.config, "max_position_embeddings", None) or asked)
 
 
 def _budget(config: InjectConfig) -> str:

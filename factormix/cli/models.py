@@ -148,6 +148,18 @@ def open_model(
     return model.eval() if device_map else model.to(target).eval()  # type: ignore[arg-type]
 
 
+def by_name(option: str, folders: Sequence[str]) -> dict[str, Path]:
+    """Adapter directories by the names of their folders, which name the domains.
+
+    Raises:
+        FactorMixError: two have one name.
+    """
+    named = {Path(folder).resolve().name: Path(folder) for folder in folders}
+    if len(named) < len(folders):
+        raise FactorMixError(f"two of {option} {', '.join(folders)} have the same name; rename one directory.")
+    return named
+
+
 def open_adapted(
     source: Source,
     adapters: Sequence[str],
@@ -164,9 +176,7 @@ def open_adapted(
     """
     if mix is not None:
         return _open_mixed(source, adapters, mix, dtype, device, device_map)
-    folders = {Path(adapter).resolve().name: adapter for adapter in adapters}
-    if len(folders) < len(adapters):
-        raise FactorMixError(f"two adapters of --adapter {list(adapters)} have the same name; rename one directory.")
+    folders = by_name("--adapter", adapters)
     model = open_model(source, dtype, device, device_map)
     if adapters:
         from factormix.mix.adapter_files import load_adapters  # imports PEFT, which most commands do without

@@ -12,7 +12,7 @@ import typer
 from factormix.cli import options
 from factormix.cli.models import Source, check_base, locate, locate_text, open_model, open_tokenizer
 from factormix.data.labelled import read_labelled, read_lines
-from factormix.run.directory import atomic_path
+from factormix.run.directory import atomic_path, check_output_file
 from factormix.run.errors import FactorMixError
 
 if TYPE_CHECKING:
@@ -73,10 +73,7 @@ def predict(
 def _check_out(out: Path, overwrite: bool) -> None:
     if out.suffix != ".jsonl":
         raise FactorMixError(f"output {str(out)!r} must be a .jsonl file.")
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise FactorMixError(f"output {str(out)!r} is a directory, or has none to be in; name a file.")
-    if out.exists() and not overwrite:
-        raise FactorMixError(f"output {str(out)!r} exists; choose another, or replace it with --overwrite.")
+    check_output_file(out, overwrite)
 
 
 def _base(mix: Path, base: dict[str, Any], model: str | None, quiet: bool) -> Source:

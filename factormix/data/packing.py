@@ -25,7 +25,7 @@ import torch
 from factormix.run.errors import FactorMixError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 CHARACTERS_PER_TOKEN = 8  # more than any tokenizer of English needs (4 to 5): one batch then usually suffices
 BATCH_DOCUMENTS = 1000  # documents tokenised in one call, at most
@@ -65,6 +65,7 @@ def pack(
     tokens: int | None = None,
     seed: int | None = None,
     bos: bool | None = None,
+    at_most: bool = False,
 ) -> Packed:
     """Pack documents into windows.
 
@@ -77,6 +78,7 @@ def pack(
         seed: shuffles the documents; None keeps their order.
         bos: True puts the tokenizer's BOS first in every window, False puts nothing there, None does what the
             tokenizer does by itself (Gemma: BOS, BERT: [CLS], SmolLM2: nothing).
+        at_most: where the text has fewer than `tokens`, all its whole windows; by default that is an error.
 
     Raises:
         FactorMixError: too little text (with the numbers), a window that is too short or longer than the tokenizer
@@ -102,11 +104,11 @@ def pack(
         random.Random(seed).shuffle(order)
     ids, is_text = _stream([texts[i] for i in order], tokenizer, wanted)
     rows = len(ids) // inner
-    if rows == 0 or (wanted is not None and len(ids) < wanted):
-        need = inner if wanted is None else wanted
+    least = inner if wanted is None or at_most else wanted
+    if len(ids) < least:
         raise FactorMixError(
-            f"too little text: {len(texts)} documents give {len(ids):,} tokens, {need:,} are needed "
-            f"({need // inner} windows of {inner}). Give more text, or ask for fewer tokens or a smaller window."
+            f"too little text: {len(texts)} documents give {len(ids):,} tokens, {least:,} are needed "
+            f"({least // inner} windows of {inner}). Give more text, or ask for fewer tokens or a smaller window."
         )
     body = torch.tensor(ids[: rows * inner], dtype=torch.int64).view(rows, inner)
     body_is_text = torch.tensor(is_text[: rows * inner], dtype=torch.bool).view(rows, inner)
@@ -117,6 +119,16 @@ def pack(
     )  # (N, L)
     digest = hashlib.sha256(input_ids.numpy().astype("<i8").tobytes()).hexdigest()
     return Packed(input_ids, scored, input_ids.numel(), digest)
+
+
+def wants_bos(tokenizer: PreTrainedTokenizerBase) -> bool | None:
+    """`bos` of `pack`: first in every window where the tokenizer has one, though it may not put it there itself."""
+    return None if tokenizer.bos_token_id is None else True
+
+
+def fitting(window: int, config: PretrainedConfig) -> int:
+    """`window` tokens, or as many as the model has positions."""
+    return min(window, getattr(config, "max_position_embeddings", None) or window)
 
 
 def around(tokenizer: PreTrainedTokenizerBase, bos: bool | None) -> tuple[list[int], list[int]]:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class _Call(ctypes.Structure):
     ]
 
 
-def serves(x: Tensor, parts: PackedExperts) -> bool:
+def serves(x: Tensor, parts: Sequence[PackedExperts]) -> bool:
     """Whether `decode` computes this: a few tokens on a CPU, no gradient, autocast or tracing; else PyTorch does."""
     return (
         0 < len(x) <= TOKENS
@@ -55,8 +56,8 @@ def serves(x: Tensor, parts: PackedExperts) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
-        and parts.activation in ACTIVATIONS
-        and all(_lies_ready(weight, x) for weight in (parts.up, parts.down, parts.up_bias))
+        and all(part.activation in ACTIVATIONS for part in parts)
+        and all(_lies_ready(weight, x) for part in parts for weight in (part.up, part.down, part.up_bias))
         and library() is not None
     )
 

@@ -88,9 +88,10 @@ class ActivationStats:
         """(I,) |d_j|^2, on the CPU."""
         return self.weights.down.float().square().sum(1).cpu()
 
-    def most_important(self, count: int) -> tuple[Tensor, Tensor]:
-        """Indices of the `count` neurons with most energy, and of the others, both ascending."""
-        order = self.energy.argsort(descending=True, stable=True)
+    def most_important(self, count: int, score: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Indices of the `count` neurons with most energy, or of the highest `score` (I,), and of the others; both
+        ascending."""
+        order = (self.energy if score is None else score).argsort(descending=True, stable=True)
         return order[:count].sort().values, order[count:].sort().values
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factormix.data.packing import Packed, pack
+from factormix.data.packing import Packed, fitting, pack, wants_bos
 from factormix.data.text import read_documents
 from factormix.factor.activations import ActivationStats
 from factormix.factor.assemble import assemble, sparse_spec
@@ -181,9 +181,7 @@ def _packed(
     if tokenizer is None:
         tokenizer = _tokenizer_of(model)
     documents = read_documents(text)
-    bos = None if tokenizer.bos_token_id is None else True
-    limit = getattr(model.config, "max_position_embeddings", None) or window
-    return pack(documents.texts, tokenizer, window=min(window, limit), tokens=tokens, seed=seed, bos=bos)
+    return pack(documents.texts, tokenizer, fitting(window, model.config), tokens, seed, wants_bos(tokenizer))
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:

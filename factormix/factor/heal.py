@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from factormix.data.packing import Packed
 from factormix.factor.config import HealConfig
@@ -29,16 +28,10 @@ from factormix.factor.fit import label_tokens
 from factormix.factor.lockstep import batches_of
 from factormix.factor.losses import distillation, hidden_distance, load_balance, router_loss
 from factormix.ffn import FFNSite, find_sites, isolate
-from factormix.nn import FactorMixMixin, SparseFFN, base_class
+from factormix.nn import FactorMixMixin, SparseFFN, vocabulary_head
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 from factormix.train import LoopConfig, bf16_pays, train
-
-_NEXT = {
-    *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
-    *modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
-}
-_SPEAKING = _NEXT | set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())  # classes with a vocabulary head
 
 
 def heal(
@@ -103,7 +96,7 @@ class HealingLoss:
         self.student, self.teacher, self.config = student, teacher, config
         self.label, self.pa_form = label, pa_form
         self.bf16 = bf16_pays(teacher.device)
-        self.speaks = base_class(student).__name__ in _SPEAKING
+        self.speaks = vocabulary_head(student) is not None
         self._seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by site: x (T, H), scores (T, R), chosen (T, K)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -175,7 +168,7 @@ class HealingLoss:
 
 
 def _predicts_next(model: PreTrainedModel) -> bool:
-    return base_class(model).__name__ in _NEXT
+    return vocabulary_head(model) in ("causal", "seq2seq")
 
 
 def _last(output: Any) -> Tensor:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from factormix.mix.peft_tuner import MixDAConfig, assert_trainable
 from factormix.run.directory import output_directory, write_json
 from factormix.run.errors import FactorMixError
+from factormix.run.tensors import read_tensors, write_tensors
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -59,9 +59,7 @@ def save_adapter(
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         values |= {"base_model_name_or_path": base, "inference_mode": True}
         write_json(folder / CONFIG, values)
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, folder / WEIGHTS, metadata={"format": "pt"})
-        (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors: readable by the owner alone
+        write_tensors(folder / WEIGHTS, tensors)
         if run is not None:
             write_json(folder / "run.json", run)
 
@@ -87,7 +85,7 @@ def load_adapters(model: PreTrainedModel, folders: Mapping[str, str | Path]) -> 
     for name, folder in folders.items():
         check_domain(name)
         read_adapter_config(folder)
-        saved = set(load_file(Path(folder) / WEIGHTS))
+        saved = set(read_tensors(Path(folder) / WEIGHTS))
         try:
             if adapted is None:
                 adapted = PeftModel.from_pretrained(model, str(folder), adapter_name=name)

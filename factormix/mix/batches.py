@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from factormix.data.packing import Packed, pack
+from factormix.data.packing import Packed, pack, wants_bos
 from factormix.data.text import Documents, read_documents
 from factormix.run.errors import FactorMixError
 
@@ -55,14 +55,7 @@ class Stage1Batches:
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if self.windows is not None and index < self._texts:
-            row = slice(index, index + 1)
-            ids = self.windows.input_ids[row]  # (1, L)
-            batch = {
-                "input_ids": ids,
-                "attention_mask": torch.ones_like(ids),
-                "counted": self.windows.scored[row],
-                "structured": torch.tensor(False),
-            }
+            batch = window_batch(self.windows, index)
         else:
             batch = dict(self.facts[index - self._texts])
         row = slice(index % len(self.general), index % len(self.general) + 1)
@@ -95,10 +88,10 @@ def stage1_batches(
     parts = [part if isinstance(part, Documents) else read_documents(part) for part in knowledge]
     texts = [text for part in parts if part.kind != "knowledge" for text in part.texts]
     records = [record for part in parts if part.kind == "knowledge" for record in part.records]
-    windows = _pack(texts, tokenizer, window, tokens, seed) if texts else None
+    windows = pack_some(texts, tokenizer, window, tokens, seed) if texts else None
     facts = [fact_of(r["prompt"], target, tokenizer, window) for r in records for target in r["targets"]]
     rows = fact_rows(facts, window, tokenizer.pad_token_id or 0, seed)
-    packed = _pack(read_documents(general).texts, tokenizer, window, tokens, seed + 1)
+    packed = pack_some(read_documents(general).texts, tokenizer, window, tokens, seed + 1)
     return Stage1Batches(windows, rows, packed, window)
 
 
@@ -160,14 +153,18 @@ def _padded(group: Sequence[Fact], pad: int) -> dict[str, Tensor]:
     }
 
 
-def _pack(texts: list[str], tokenizer: PreTrainedTokenizerBase, window: int, tokens: int, seed: int) -> Packed:
-    """At most `tokens` tokens; all whole windows of a text that has fewer, which then repeats."""
-    bos = None if tokenizer.bos_token_id is None or tokenizer.cls_token_id is not None else True
-    most = max(tokens, window)
-    try:
-        return pack(texts, tokenizer, window=window, tokens=most, seed=seed, bos=bos)
-    except FactorMixError:
-        packed = pack(texts, tokenizer, window=window, seed=seed, bos=bos)  # raises what was wrong, if not the length
-        if packed.tokens >= most:
-            raise
-        return packed
+def pack_some(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, window: int, tokens: int, seed: int) -> Packed:
+    """At most `tokens` tokens and at least a window; all whole windows of a text that has fewer, which then repeats."""
+    return pack(texts, tokenizer, window, max(tokens, window), seed, wants_bos(tokenizer), at_most=True)
+
+
+def window_batch(packed: Packed, index: int) -> dict[str, Tensor]:
+    """A window of plain text as a micro-batch of one row, all (1, L) but "structured" ()."""
+    row = slice(index, index + 1)
+    ids = packed.input_ids[row]
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "counted": packed.scored[row],
+        "structured": torch.tensor(False),
+    }

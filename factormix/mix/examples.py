@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from factormix.data.labelled import Labelled, read_labelled
-from factormix.data.packing import CHARACTERS_PER_TOKEN, pack
 from factormix.data.text import Documents, read_documents
-from factormix.mix.batches import fact_of, fact_rows
+from factormix.mix.batches import fact_of, fact_rows, pack_some, window_batch
 from factormix.mix.task import Task
 from factormix.run.errors import FactorMixError
 
@@ -181,7 +180,8 @@ class LanguageBatches:
             facts = [fact_of(prompt, target, tokenizer, window) for prompt, target in pairs]
             self.rows = fact_rows(facts, window, tokenizer.pad_token_id or 0, seed)
         else:
-            self.rows = _windows(documents.texts, tokenizer, window, tokens, seed)
+            packed = pack_some(documents.texts, tokenizer, window, tokens, seed)
+            self.rows = [window_batch(packed, i) for i in range(len(packed))]
         self.tokens = window
         self.steps_per_epoch = len(self.rows)
         self.epochs = epochs
@@ -191,26 +191,3 @@ class LanguageBatches:
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return self.rows[index % self.steps_per_epoch]
-
-
-def _windows(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, window: int, tokens: int, seed: int
-) -> list[dict[str, Tensor]]:
-    """Documents in random order as windows, so many tokens or all there are; special tokens as in stage 1."""
-    order = list(texts)
-    random.Random(seed).shuffle(order)
-    characters, used = 0, 0
-    while used < len(order) and characters < (tokens + window) * CHARACTERS_PER_TOKEN:
-        characters += len(order[used])
-        used += 1
-    bos = None if tokenizer.bos_token_id is None or tokenizer.cls_token_id is not None else True
-    packed = pack(order[:used], tokenizer, window=window, bos=bos)
-    return [
-        {
-            "input_ids": packed.input_ids[i : i + 1],  # (1, L)
-            "attention_mask": torch.ones(1, window, dtype=torch.int64),
-            "counted": packed.scored[i : i + 1],  # (1, L)
-            "structured": torch.tensor(False),
-        }
-        for i in range(min(len(packed), max(1, tokens // window)))
-    ]

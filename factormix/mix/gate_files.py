@@ -6,20 +6,19 @@ domains in order, each with the SHA-256 of its adapter's weights, and others are
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from factormix.mix.adapter_files import WEIGHTS
 from factormix.mix.mix_model import MixModel
 from factormix.mix.task_adapters import check_tensors
-from factormix.run.directory import sha256, write_json
+from factormix.run.directory import read_json, sha256, write_json
 from factormix.run.errors import FactorMixError
+from factormix.run.tensors import read_tensors, write_tensors
 
 FORMAT_VERSION = 1
 GATE_CONFIG, GATE_WEIGHTS = "gate.json", "gate.safetensors"
@@ -111,43 +110,3 @@ def fill_gates(mix: MixModel, folder: str | Path) -> None:
     check_tensors(wanted, tensors, f"gate {str(file)!r}")
     for name, tensor in wanted.items():
         tensor.copy_(tensors[name])
-
-
-def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file as readable as any new file; safetensors alone makes it readable by the owner only."""
-    file.touch()
-    mode = file.stat().st_mode
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file, metadata={"format": "pt"})
-    file.chmod(mode)
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """A safetensors file.
-
-    Raises:
-        FactorMixError: absent or damaged.
-    """
-    if not file.is_file():
-        raise FactorMixError(f"{str(file)!r} is missing; the directory is incomplete. Copy or make it anew.")
-    try:
-        return load_file(file)
-    except Exception as error:  # safetensors' own class
-        raise FactorMixError(f"{str(file)!r} is truncated or no safetensors file ({error}). Copy it again.") from error
-
-
-def read_json(file: Path, version: int) -> dict[str, Any]:
-    """A JSON object with this format_version.
-
-    Raises:
-        FactorMixError: absent, damaged, or of another format.
-    """
-    if not file.is_file():
-        raise FactorMixError(f"{str(file.parent)!r} has no {file.name}; it is not what is needed here, or incomplete.")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        found = values["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise FactorMixError(f"{str(file)!r} is damaged ({error!r}). Copy or make it anew.") from error
-    if found != version:
-        raise FactorMixError(f"{str(file)!r} has format_version {found}; this FactorMix reads {version}. Upgrade it.")
-    return dict(values)

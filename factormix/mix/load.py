@@ -28,16 +28,14 @@ from factormix.mix.gate_files import (
     domain_hashes,
     fill_gates,
     read_gate_config,
-    read_json,
-    read_tensors,
     save_gates,
-    write_tensors,
 )
 from factormix.mix.mix_model import MixModel
 from factormix.mix.task import Task
 from factormix.mix.task_adapters import TaskAdapterSpec, check_tensors
-from factormix.run.directory import output_directory, sha256, write_json
+from factormix.run.directory import check_hashes, output_directory, read_json, sha256, write_json
 from factormix.run.errors import FactorMixError
+from factormix.run.tensors import read_tensors, write_tensors
 
 FORMAT_VERSION = 1
 TASK, HEAD = "task.json", "head.safetensors"
@@ -101,12 +99,7 @@ def read_task(path: str | Path) -> dict[str, Any]:
     """
     folder = Path(path)
     values = read_json(folder / TASK, FORMAT_VERSION)
-    for name, digest in values["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise FactorMixError(f"{str(file)!r} is missing; the directory is incomplete. Copy or make it anew.")
-        if sha256(file) != digest:
-            raise FactorMixError(f"{str(file)!r} was altered or truncated: its SHA-256 is not the one in {TASK}.")
+    check_hashes(folder, values["files"], TASK)
     return values
 
 

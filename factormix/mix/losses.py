@@ -97,7 +97,7 @@ class InjectionLoss:
         return torch.stack(ratios).mean()
 
     def _logits(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-        return model(input_ids=ids, attention_mask=mask, **_no_cache(self.model)).logits  # type: ignore[no-any-return]
+        return model(input_ids=ids, attention_mask=mask, **no_cache(self.model)).logits  # type: ignore[no-any-return]
 
     def _outputs(self, ids: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(F(x), A(x)) at every use of every adapted site, each (B, L, H). The forward ends at the last one."""
@@ -105,7 +105,7 @@ class InjectionLoss:
         uses = sum(layer.use_count for layer in self.layers)
         autocast = torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16)
         with self._watching(seen, uses), autocast, suppress(_Enough):
-            self.model(input_ids=ids, attention_mask=mask, **_no_cache(self.model))
+            self.model(input_ids=ids, attention_mask=mask, **no_cache(self.model))
         return seen
 
     @contextmanager
@@ -137,7 +137,7 @@ class InjectionLoss:
                 handle.remove()
 
 
-def _no_cache(model: nn.Module) -> dict[str, bool]:
+def no_cache(model: nn.Module) -> dict[str, bool]:
     """use_cache=False for models that would keep keys and values."""
     return {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
 

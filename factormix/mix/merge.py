@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,6 +22,7 @@ from factormix.mix.adapter_files import WEIGHTS, read_adapter_config
 from factormix.mix.sizes import ALIGN, sites_of
 from factormix.nn import DomainAdapterSpec, FactorMixMixin, SparseFFN, SparseSpec
 from factormix.run.errors import FactorMixError
+from factormix.run.tensors import read_tensors
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def read_neurons(folder: str | Path, weight: float, sites: Mapping[int, FFNSite]
         FactorMixError: not for this model, or not exact as neurons of the FFN.
     """
     config = read_adapter_config(folder)
-    tensors = load_file(Path(folder) / WEIGHTS)
+    tensors = read_tensors(Path(folder) / WEIGHTS)
     found: dict[int, FFNWeights] = {}
     for key, shapes in (config.sites or {}).items():
         spec, site = DomainAdapterSpec(**shapes), sites.get(int(key))

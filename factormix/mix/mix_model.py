@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from factormix.ffn import FFNSite
 from factormix.mix.adapter_files import load_adapters
+from factormix.mix.losses import no_cache
 from factormix.mix.peft_task_adapters import LoraAdapter, PrefixAdapter
 from factormix.mix.peft_tuner import MixDALayer, assert_trainable, trainable_names
 from factormix.mix.sizes import sites_of
@@ -194,11 +195,11 @@ class MixModel(nn.Module):
     def _around(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
         """What goes with the ids: the mask, a prefix where there is one, and no keys and values kept."""
         prefix = self.task_adapter.prefix(len(ids))
-        no_cache = {"use_cache": False} if getattr(self.config, "use_cache", None) is not None else {}
+        uncached = no_cache(self.model)
         if not prefix:
-            return {"attention_mask": mask, **no_cache}
+            return {"attention_mask": mask, **uncached}
         seen = mask.new_ones(len(ids), self.task_adapter.spec.tokens)  # (N, P)
-        return {"attention_mask": torch.cat([seen, mask], dim=1), **prefix, **no_cache}
+        return {"attention_mask": torch.cat([seen, mask], dim=1), **prefix, **uncached}
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto import modeling_auto
 
 from factormix.mix.adapter_files import check_domain
 from factormix.mix.batches import Stage1Batches
@@ -20,7 +19,7 @@ from factormix.mix.config import InjectConfig
 from factormix.mix.losses import InjectionLoss
 from factormix.mix.peft_tuner import MixDAConfig, adapter_names, assert_trainable
 from factormix.mix.sizes import Sizes, adapter_sizes, sites_of
-from factormix.nn import base_class
+from factormix.nn import base_class, vocabulary_head
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 from factormix.train import LoopConfig, train
@@ -47,14 +46,12 @@ def learns_by(model: PreTrainedModel) -> str:
     Raises:
         FactorMixError: neither.
     """
-    name = base_class(model).__name__
-    if name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() and not model.config.is_encoder_decoder:
-        return "causal"
-    if name in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and not model.config.is_encoder_decoder:
-        return "masked"
+    head = vocabulary_head(model)
+    if head in ("causal", "masked") and not model.config.is_encoder_decoder:
+        return head
     raise FactorMixError(
-        f"{name} has neither a causal nor a masked language-modelling head, so no text can teach an adapter. Load the "
-        "model as an AutoModelForCausalLM or AutoModelForMaskedLM."
+        f"{base_class(model).__name__} has neither a causal nor a masked language-modelling head, so no text can teach "
+        "an adapter. Load the model as an AutoModelForCausalLM or AutoModelForMaskedLM."
     )
 
 

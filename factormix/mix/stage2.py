@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factormix.data.fewshot import few_shot
 from factormix.data.labelled import Labelled
+from factormix.data.packing import fitting
 from factormix.data.text import Documents
 from factormix.mix.adapt_config import AdaptConfig
 from factormix.mix.examples import LabelledBatches, LanguageBatches, encode
@@ -67,7 +68,7 @@ def task_of(model: PreTrainedModel, train_set: Labelled | Documents, config: Ada
     Raises:
         FactorMixError: as `Task.of`; plain text or prompts for a model without a language-modelling head.
     """
-    window = min(config.window, getattr(model.config, "max_position_embeddings", None) or config.window)
+    window = fitting(config.window, model.config)
     if isinstance(train_set, Documents):
         learns_by(model)
         return Task("causal-lm" if train_set.kind == "knowledge" else "text", window=window)

@@ -7,10 +7,11 @@ gradient checkpointing work as that family's do. Which FFNs are sparse, and thei
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from factormix.ffn import FFNSite, find_sites, get, swap
 from factormix.nn.sparse_ffn import SparseFFN, SparseSpec
@@ -55,6 +56,23 @@ _CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 def base_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The family's own class of a FactorMix model (or of a dense one)."""
     return cast(type[PreTrainedModel], next(c for c in type(model).__mro__ if "FactorMix" not in c.__name__))
+
+
+def vocabulary_head(model: PreTrainedModel) -> Literal["causal", "seq2seq", "masked"] | None:
+    """What a model's head over the vocabulary predicts: the next token, the next of a second text, or masked ones.
+    None for a model without such a head."""
+    name = base_class(model).__name__
+    for kind, names in _HEADS.items():
+        if name in names:
+            return kind
+    return None
+
+
+_HEADS: dict[Literal["causal", "seq2seq", "masked"], set[str]] = {
+    "causal": set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()),
+    "seq2seq": set(modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()),
+    "masked": set(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()),
+}
 
 
 def adopt(model: PreTrainedModel, sites: dict[FFNSite, SparseSpec], made_by: dict[str, Any]) -> None:

@@ -58,6 +58,16 @@ def check_output(path: str | Path, overwrite: bool = False) -> None:
         raise FactorMixError(f"output {str(path)!r} cannot be written: no write permission in {str(parent)!r}.")
 
 
+def check_output_file(path: Path, overwrite: bool = False) -> None:
+    """Raise FactorMixError for a directory, an existing file without `overwrite`, or a file in no directory."""
+    if path.is_dir():
+        raise FactorMixError(f"output {str(path)!r} is a directory; name a file in it.")
+    if path.exists() and not overwrite:
+        raise FactorMixError(f"output {str(path)!r} exists; choose another name, or replace it with --overwrite.")
+    if not path.absolute().parent.is_dir():
+        raise FactorMixError(f"output {str(path)!r}: there is no directory {str(path.parent)!r}; make it first.")
+
+
 @contextlib.contextmanager
 def output_directory(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success it becomes `path` in one step, on failure it is removed.
@@ -110,6 +120,38 @@ def write_json(path: str | Path, obj: Any) -> None:
     text = json.dumps(_json_ready(obj), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(file: Path, version: int) -> dict[str, Any]:
+    """A JSON object with this format_version.
+
+    Raises:
+        FactorMixError: absent, damaged, or of another format.
+    """
+    if not file.is_file():
+        raise FactorMixError(f"{str(file.parent)!r} has no {file.name}; it is not what is needed here, or incomplete.")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        found = values["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise FactorMixError(f"{str(file)!r} is damaged ({error!r}). Copy or make it anew.") from error
+    if found != version:
+        raise FactorMixError(f"{str(file)!r} has format_version {found}; this FactorMix reads {version}. Upgrade it.")
+    return dict(values)
+
+
+def check_hashes(folder: Path, hashes: Mapping[str, str], listed_in: str) -> None:
+    """Compare files, by their paths from `folder`, with the SHA-256 that `listed_in` has of them.
+
+    Raises:
+        FactorMixError: names the file that is missing or differs.
+    """
+    for name, digest in hashes.items():
+        file = folder / name
+        if not file.is_file():
+            raise FactorMixError(f"{str(file)!r} is missing; the directory is incomplete. Copy or make it anew.")
+        if sha256(file) != digest:
+            raise FactorMixError(f"{str(file)!r} was altered or truncated: its SHA-256 is not the one in {listed_in}.")
 
 
 def sha256(path: str | Path) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from factormix.run.directory import atomic_path
+from factormix.run.directory import atomic_path, check_output_file
 from factormix.run.errors import FactorMixError
 from factormix.show.pieces import TOKEN_KINDS, Token
 from factormix.show.summary import mean_of_domains, summarise
@@ -35,12 +35,7 @@ def check_page(path: Path, overwrite: bool = False) -> None:
     """
     if path.suffix.lower() not in (".html", ".htm"):
         raise FactorMixError(f"page {str(path)!r} ends in {path.suffix!r}; allowed: .html and .htm.")
-    if path.is_dir():
-        raise FactorMixError(f"page {str(path)!r} is a directory; name a file in it.")
-    if path.exists() and not overwrite:
-        raise FactorMixError(f"page {str(path)!r} exists; choose another name, or replace it with --overwrite.")
-    if not path.absolute().parent.is_dir():
-        raise FactorMixError(f"page {str(path)!r}: there is no directory {str(path.parent)!r}; make it first.")
+    check_output_file(path, overwrite)
 
 
 def write_page(found: Trace, path: str | Path, title: str = "Routing", overwrite: bool = False) -> None:

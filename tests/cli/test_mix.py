@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -158,6 +159,15 @@ def test_an_existing_adapter_is_kept(llama: Path, text: Path, adapter: Path, ref
     before = sha256(adapter / "adapter_model.safetensors")
     assert "choose another, or replace it with --overwrite" in refused(*words(llama, text, "adapter"))
     assert sha256(adapter / "adapter_model.safetensors") == before
+
+
+def test_a_truncated_adapter_is_named(llama: Path, adapter: Path, refused: Run) -> None:
+    shutil.copytree(adapter, "cut")
+    file = Path("cut/adapter_model.safetensors")
+    file.write_bytes(file.read_bytes()[:-7])
+    for command in (("generate", llama, "w1"), ("merge", llama, "-o", "out")):
+        said = refused(*command, "--adapter", "cut")
+        assert "adapter_model.safetensors' is truncated or no safetensors file" in said
 
 
 def test_loading_an_adapter_trains_nothing(llama: Path, adapter: Path) -> None:

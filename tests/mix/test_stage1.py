@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,6 +17,7 @@ from factormix.mix.stage1 import inject
 from factormix.run.workdir import WorkDirectory
 from tests.factor.test_factorize import windows
 from tests.families import TINY, tiny_output
+from tests.launch import two_processes
 from tests.mix.adapted import FORMS, base_model
 
 QUICK = InjectConfig(tokens=256, batch_tokens=64, window=16, width=8, lr=1e-2, save_steps=2, layers="0,1")
@@ -136,16 +134,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(family: str, tmp_path: Pa
 
 def test_two_processes_train_one_adapter(tmp_path: Path) -> None:
     """L_S runs the model beside the wrapper that averages gradients over processes; they must agree all the same."""
-    root = Path(__file__).resolve().parents[2]
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", str(root / "tests/mix/inject_script.py"), str(tmp_path),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (torch.load(tmp_path / f"rank-{i}.pt") for i in range(2))
+    one, two = two_processes("mix/inject_script.py", tmp_path)
     assert one["world"] == 2 and one["tokens"] == 512
     assert all(torch.equal(tensor, two["weights"][name]) for name, tensor in one["weights"].items())
     assert all(tensor.abs().max() > 0 for tensor in one["weights"].values())

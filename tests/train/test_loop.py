@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,7 @@ from factormix import FactorMixError
 from factormix.train import LoopConfig, train
 from tests.factor.test_factorize import windows
 from tests.families import tiny_model
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.launch import two_processes
 
 
 def next_token(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -23,16 +19,7 @@ def next_token(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[s
 
 
 def test_two_processes_on_gloo_heal_one_model(tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", str(ROOT / "tests/train/heal_script.py"), str(tmp_path),
-    ]  # fmt: skip
-    # accelerate's own switch for processes starts torchrun with --multi_gpu only; the variable makes them CPU ones
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ranks = [torch.load(tmp_path / f"rank-{i}.pt") for i in range(2)]
+    ranks = two_processes("train/heal_script.py", tmp_path)
     assert all(rank["world"] == 2 and rank["tokens"] == 512 and rank["moved"] > 0 for rank in ranks)
     for name, tensor in ranks[0]["weights"].items():
         assert torch.equal(tensor, ranks[1]["weights"][name]), f"{name} differs between the processes"

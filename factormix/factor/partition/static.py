@@ -10,7 +10,6 @@ Both within one FFN: every FFN keeps the same number. (FLAP also moves budget be
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from factormix.factor.activations import ActivationStats
 from factormix.factor.partition.assignment import Assignment
@@ -19,19 +18,15 @@ from factormix.nn import Layout
 
 def wanda(stats: ActivationStats, layout: Layout, generator: torch.Generator) -> Assignment:
     """Keep the neurons of most energy, massive tokens counted as they are."""
-    kept, dropped = _best(stats.mean_square * stats.down_squares(), layout)
-    return Assignment.without_experts(kept, dropped, layout.width(stats.inner))
+    width = layout.width(stats.inner)
+    score = stats.mean_square * stats.down_squares()  # (I,)
+    return Assignment.without_experts(*stats.most_important(layout.shared * width, score), width)
 
 
 def flap(stats: ActivationStats, layout: Layout, generator: torch.Generator) -> Assignment:
     """Keep the neurons that fluctuate most; the mean of the others goes into the output bias."""
-    kept, dropped = _best((stats.mean_square - stats.mean.square()) * stats.down_squares(), layout)
+    width = layout.width(stats.inner)
+    score = (stats.mean_square - stats.mean.square()) * stats.down_squares()  # (I,)
+    kept, dropped = stats.most_important(layout.shared * width, score)
     lost = stats.mean[dropped] @ stats.weights.down[dropped.to(stats.weights.down.device)].float().cpu()  # (H,)
-    return Assignment.without_experts(kept, dropped, layout.width(stats.inner), lost)
-
-
-def _best(score: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """The S * W neurons of the highest score (I,), and the others, both ascending."""
-    order = score.argsort(descending=True, stable=True)
-    count = layout.shared * layout.width(len(score))
-    return order[:count].sort().values, order[count:].sort().values
+    return Assignment.without_experts(kept, dropped, width, lost)
