@@ -60,6 +60,12 @@ def test_the_result_is_what_python_gives(sparse: Path, llama: Path, text: Path) 
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), factormix.load(sparse).parameters(), strict=True))
 
 
+def test_a_pruned_models_active_fraction_counts_what_was_dropped(run: Run, llama: Path, text: Path) -> None:
+    prune = ("--layout", "S2A0E4", "--partition", "wanda", "--no-layer-fit")
+    said = run("factor", llama, "-o", "out", "--text", text, "--json", "out.json", *CUT, *prune)
+    assert read("out.json")["metrics"]["active_fraction"] == 0.5 and "(50.0 % of the FFNs)" in said
+
+
 def test_healing(run: Run, llama: Path, text: Path) -> None:
     Path("words.txt").write_text("w5 " * 200, encoding="utf-8")  # of the same name as the calibration text
     heal = ("--heal-tokens", 128, "--heal-batch-tokens", 32, "--heal-text", "./words.txt")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from factormix.factor.assemble import assemble, sparse_spec
+from factormix.factor.partition import Assignment
 from factormix.ffn import FFNWeights, find_sites, weights
 from factormix.nn import Layout, SparseSpec
 from factormix.run.errors import FactorMixError
@@ -131,3 +132,15 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
     site = find_sites(tiny_model("llama"))[0]
     with pytest.raises(FactorMixError, match="64 neurons does not divide into E = 7"):
         sparse_spec(site, Layout.parse("S1A2E7"), "hard")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # without and with an output bias
+def test_the_compensation_of_dropped_neurons_joins_the_output_bias(family: str) -> None:
+    model = tiny_model(family)
+    site = find_sites(model)[0]
+    parts, lost = weights(model, site), torch.arange(site.hidden).float()
+    kept, dropped = torch.arange(site.inner).chunk(2)
+    layout = Layout(2, 0, 4)
+    assignment = Assignment.without_experts(kept, dropped, layout.width(site.inner), lost)
+    ffn = assemble(sparse_spec(site, layout, "hard", compensated=True), parts, assignment)
+    assert torch.equal(ffn.bias, lost + (0 if parts.down_bias is None else parts.down_bias))

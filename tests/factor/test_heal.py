@@ -12,7 +12,7 @@ from factormix import FactorMixError
 from factormix.factor.config import FactorConfig, HealConfig
 from factormix.factor.factorize import factorize, work_directory
 from factormix.factor.heal import HealingLoss, heal
-from factormix.factor.losses import hidden_distance
+from factormix.factor.losses import distillation, hidden_distance
 from factormix.run.workdir import WorkDirectory
 from factormix.train.loop import last_checkpoint
 from tests.factor.test_factorize import QUICK, windows
@@ -108,6 +108,23 @@ def test_models_that_are_not_causal_heal_too(family: str) -> None:
     with torch.no_grad():
         after = loss(sparse, batch(16))[part]
     assert 0 < after < 0.98 * before
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_the_kl_counts_the_positions_that_predict_text(family: str) -> None:
+    """A masked model's logits at a position are about that token, a causal one's about the next."""
+    dense = tiny_model(family)
+    sparse = factorize(dense, FactorConfig.parse("S1A1E4", layer_fit=False, **QUICK), windows(), quiet=True)
+    loss = HealingLoss(sparse, dense, STEPS, "joint", "pa")
+    loss.bf16 = False
+    part = batch()
+    part["scored"] = torch.arange(16).expand(2, -1) % 3 == 0
+    with torch.no_grad():
+        student, teacher = (m(input_ids=part["input_ids"]).logits for m in (sparse, dense))
+        got = loss(sparse, part)["kl"]
+    at = part["scored"] if family == "bert" else part["scored"].roll(-1, 1)  # 15 wraps round to 0
+    at[:, -1] &= family == "bert"
+    assert torch.allclose(got, distillation(student, teacher, at), rtol=1e-4)
 
 
 def test_the_distance_of_hidden_states_is_relative_and_counts_no_padding() -> None:
