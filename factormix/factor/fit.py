@@ -165,7 +165,7 @@ def fit_down(ffn: SparseFFN, x: Tensor, target: Tensor, ridge: float) -> None:
     prior = torch.zeros(len(old), device=x.device)  # (I,)
     median = _squares(target).median()
     for xs, fs in zip(x.split(CHUNK), target.split(CHUNK), strict=True):
-        z = ffn.active_neurons(xs, gated=True).float()  # (C, I)
+        z = gated_neurons(ffn, xs)  # (C, I)
         left = fs.float() if ffn.bias is None else fs.float() - ffn.bias.float()
         gram += z.T @ z
         moment += z.T @ (left - z @ old)  # what the old projection leaves
@@ -176,6 +176,27 @@ def fit_down(ffn: SparseFFN, x: Tensor, target: Tensor, ridge: float) -> None:
     factor = torch.linalg.cholesky((gram * scale[:, None] * scale).double())
     change = torch.cholesky_solve((moment * scale[:, None]).double(), factor).float() * scale[:, None]
     _set_down(ffn, old + change)
+
+
+@torch.no_grad()
+def gated_neurons(ffn: SparseFFN, x: Tensor) -> Tensor:
+    """Neurons in packed order times their gates, 0 for experts not chosen: x (T, H) -> (T, I) float32.
+
+    Every expert runs on all rows, unlike in `SparseFFN.active_neurons`: that costs little beside the products that
+    follow, and docs/results.md was measured with this rounding, which alone moves a model's perplexity (see there).
+    """
+    parts = []
+    if ffn.shared is not None:
+        shared = ffn.shared
+        parts.append(shared.neurons(x))  # (T, SW)
+    if ffn.experts is not None and ffn.router is not None:
+        scores, chosen = ffn.router(x)
+        scale = ffn.scale(scores, chosen)
+        weight = torch.zeros_like(scores).scatter_(1, chosen, 1.0 if scale is None else scale)  # (T, R)
+        packed = ffn.experts.packed()
+        for i in range(len(packed.up)):
+            parts.append(packed.expert_neurons(i, x) * weight[:, i : i + 1].to(x.dtype))  # (T, W)
+    return torch.cat(parts, dim=1).float()
 
 
 @torch.no_grad()

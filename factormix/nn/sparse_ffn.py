@@ -183,22 +183,19 @@ class SparseFFN(nn.Module):
         factor = self.spec.slices / self.spec.active if self.spec.gate == "paper" else 1.0
         return factor * (1 + p - p.detach()) if straight_through else torch.full_like(p, factor)
 
-    def active_neurons(self, hidden_states: Tensor, gated: bool = False) -> Tensor:
+    def active_neurons(self, hidden_states: Tensor) -> Tensor:
         """Post-activation neurons in packed order, shared ones first: (..., H) -> (..., I), I = (S + R) * W.
 
-        The neurons of experts that the token did not choose are zero; `gated`: those of the others times `scale`.
+        The neurons of experts that the token did not choose are zero; gates are not applied.
         """
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
         parts = [] if self.shared is None else [self.shared.neurons(x)]  # (T, S * W)
         if self.router is not None and self.experts is not None:
-            scores, chosen = self.router(x)  # (T, R), (T, K)
-            scale = self.scale(scores, chosen) if gated else None  # (T, K)
+            _, chosen = self.router(x)  # (T, K)
             packed = self.experts.packed()
             for i in range(self.spec.layout.routed):
                 rows = (chosen == i).any(-1).nonzero()[:, 0]  # (T_i,)
                 neurons = packed.expert_neurons(i, x[rows])  # (T_i, W)
-                if scale is not None:
-                    neurons = neurons * scale[chosen == i].unsqueeze(-1).to(neurons.dtype)  # one choice a row
                 parts.append(neurons.new_zeros(len(x), self.spec.width).index_copy(0, rows, neurons))  # (T, W)
         return torch.cat(parts, dim=-1).view(*hidden_states.shape[:-1], -1)  # (..., I)
 

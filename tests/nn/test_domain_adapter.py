@@ -105,15 +105,6 @@ def test_active_neurons_of_a_sparse_ffn_in_packed_order(layout: str, gated: bool
     assert torch.allclose(neurons @ torch.cat(parts, 1).T + ffn.bias, ffn(x), atol=1e-5)
 
 
-@pytest.mark.parametrize("layout, gate", [("S1A2E5", "hard"), ("S1A2E5", "soft"), ("S0A2E4", "paper")])
-def test_gated_active_neurons_times_the_down_projections_are_the_output(layout: str, gate: str) -> None:
-    ffn, x = lone_ffn(layout=layout, gate=gate).eval(), torch.randn(9, 12)
-    down = [] if ffn.shared is None else [ffn.shared.down_proj.weight]
-    with torch.no_grad():
-        neurons = ffn.active_neurons(x, gated=True)  # (9, I)
-        assert torch.allclose(neurons @ torch.cat([*down, *ffn.experts.down_proj], 1).T, ffn(x), atol=1e-5)
-
-
 def test_fixed_weights_scale_each_domain() -> None:
     model = tiny_model("llama")
     site = find_sites(model)[0]
