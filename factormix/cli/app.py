@@ -15,6 +15,7 @@ from factormix.cli.adapt import adapt
 from factormix.cli.bench import bench
 from factormix.cli.demo import demo
 from factormix.cli.eval import evaluate
+from factormix.cli.export import export
 from factormix.cli.factor import factor
 from factormix.cli.generate import generate
 from factormix.cli.inject import inject
@@ -30,6 +31,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": evaluate,
     "generate": generate,
     "bench": bench,
+    "export": export,
     "inject": inject,
     "merge": merge,
     "adapt": adapt,
