@@ -179,5 +179,6 @@ def _gguf_file() -> Any:
 def _outside(choice: Choice, failures: Sequence[str]) -> str:
     return (
         f"nothing was written: exported as {choice.container.name}, the model is not near enough to FactorMix's: "
-        f"{'; '.join(failures)}. Try another container with --to, or write it all the same with --approximate."
+        f"{'; '.join(failures)}. Try another container with --to, --dtype float32, or write it all the same with "
+        "--approximate."
     )

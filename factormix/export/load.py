@@ -2,7 +2,8 @@
 
 ``factormix.json`` beside the container says what it was made of: the dense config, the sparse sites, how routers and
 down projections were scaled. Powers of two come off exactly, K and R to rounding; a router's mean row is gone, and with
-it nothing that chooses. `load` takes either kind of directory and is what ``factormix.load`` is.
+it nothing that chooses. Routers stay float32 in a bfloat16 model: rounding harms them most. `load` takes either kind
+of directory and is what ``factormix.load`` is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from factormix import checkpoint
 from factormix.export.choose import Choice
@@ -95,7 +96,7 @@ def from_container(folder: Path, dtype: torch.dtype | str = "auto") -> PreTraine
     layers = len(needs.specs)
     gates = Gates(origin["m"], tuple(origin["exponents"]), {}, {}, (1.0,) * layers)
     auto: Any = AutoModelForCausalLM
-    stock, info = auto.from_pretrained(folder, dtype=dtype, local_files_only=True, output_loading_info=True)
+    stock, info = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
         raise FactorMixError(f"{str(folder)!r}: missing tensors: {', '.join(wrong[:5])}. The directory is damaged.")
     state = stock.state_dict()
@@ -106,6 +107,8 @@ def from_container(folder: Path, dtype: torch.dtype | str = "auto") -> PreTraine
         own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         site = _sparse(container.block(own), ffn, container, needs, gates, layer)
         filled |= {f"{prefix}mlp.{name}": tensor for name, tensor in site.items()}
+    target = _dtype(dtype, folder)
+    filled = {n: t if n.endswith("router.weight") else t.to(target) for n, t in filled.items()}
     del stock
     found = model.load_state_dict(filled, strict=False, assign=True)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
@@ -115,6 +118,12 @@ def from_container(folder: Path, dtype: torch.dtype | str = "auto") -> PreTraine
     return model.eval()
 
 
+def _dtype(dtype: torch.dtype | str, folder: Path) -> torch.dtype:
+    """The dtype asked for; that of the files for "auto"."""
+    named = AutoConfig.from_pretrained(folder, local_files_only=True).dtype if dtype == "auto" else dtype
+    return getattr(torch, named) if isinstance(named, str) else named or torch.float32
+
+
 @torch.no_grad()
 def _sparse(
     block: Block, ffn: SparseFFN, container: Container, needs: Needs, gates: Gates, layer: int
@@ -122,7 +131,7 @@ def _sparse(
     """A sparse FFN's tensors from a container's block: the inverse of `tensors.block`."""
     spec, factor = ffn.spec, folded(ffn.spec, container, needs, gates, layer)
     back = 0 if gates.m is None else gates.m - gates.exponents[layer]
-    router = torch.ldexp(block.router.float(), torch.tensor(back)).to(block.down.dtype)  # (R, H)
+    router = torch.ldexp(block.router, torch.tensor(back))  # (R, H)
     gate, up = block.gate_up.chunk(2, dim=1)  # (R, W', H) each
     named = {
         "router.weight": router,
@@ -142,7 +151,7 @@ def _sparse(
 
 
 def _over(weight: Tensor, factor: float) -> Tensor:
-    return weight.contiguous() if factor == 1.0 else (weight.float() / factor).to(weight.dtype)
+    return weight.contiguous() if factor == 1.0 else weight / factor
 
 
 def _fill_buffers(model: PreTrainedModel) -> None:

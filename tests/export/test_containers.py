@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import factormix
@@ -163,6 +164,20 @@ def test_too_little_text_and_float16_are_refused(tmp_path: Path) -> None:
         exported(factored("llama"), tmp_path / "out", packed=windows(10))
     with pytest.raises(FactorMixError, match=r"float16.*float32, bfloat16"):
         exported(factored("llama").half(), tmp_path / "out")
+
+
+def test_a_bfloat16_model_keeps_its_dtype_and_float32_routers(tmp_path: Path) -> None:
+    model = factored("llama")
+    for parameter in model.parameters():  # not the buffers, as from_pretrained does
+        parameter.data = parameter.data.bfloat16()
+    exported(model, tmp_path / "out")
+    stored = load_file(tmp_path / "out/model.safetensors")
+    kinds = {name.endswith("router.layer.weight"): tensor.dtype for name, tensor in stored.items()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+    back = factormix.load(tmp_path / "out")
+    assert back.dtype == torch.bfloat16 and typical(logits(back), logits(model)) < 1e-2  # sums in another order
+    assert difference(logits(factormix.load(tmp_path / "out", dtype=torch.float32)), logits(model.float())) < 1e-5
 
 
 def test_plain_transformers_needs_no_factormix(tmp_path: Path) -> None:
