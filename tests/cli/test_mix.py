@@ -150,7 +150,7 @@ def test_validate_refuses_what_cannot_be(llama: Path, adapter: Path, tmp_path: P
     bert = save_tiny("bert", tmp_path / "bert")
     for lines, message in (
         ("domain: x\nlayer: auto\n", "no key 'layer'"),
-        (f"domain: x\nmodel: {llama}\nlayers: 7\n", "[7] not allowed"),
+        (f"domain: x\nmodel: {llama}\nlayers: '7'\n", "[7] not allowed"),
         (f"task: t.jsonl\nmodel: {bert}\ndomains: [{adapter}]\n", "was made for another model: its site 0"),
         (f"task: t.jsonl\nmodel: {llama}\ndomains: [nowhere]\n", "has no adapter_config.json"),
         ("task: t.jsonl\nshots: 0\n", "shots received 0"),
