@@ -36,6 +36,7 @@ def evaluate(
     model: options.Model,
     against: options.Against = None,
     adapter: options.Adapter = None,
+    gate: options.Gate = None,
     mix: options.Mix = None,
     text: options.Text = None,
     facts: Facts = None,
@@ -57,7 +58,7 @@ def evaluate(
     source, base_source = locate(model, quiet), None if against is None else locate(against, quiet)
     tokenizer = open_tokenizer(source)
     packed = {stem: pack_text(each, tokenizer, window, tokens, quiet) for stem, each in documents.items()}
-    sparse = open_adapted(source, adapter or (), mix, dtype, device, device_map)
+    sparse = open_adapted(source, adapter or (), gate, mix, dtype, device, device_map)
     dense = None if base_source is None else open_model(base_source, dtype, device, device_map)
     result = score(sparse, dense, packed, in_domain=in_domain or (), seed=seed, quiet=quiet) if text else Evaluation({})
     models = {"base": dense, "model": sparse}

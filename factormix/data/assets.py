@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from factormix.data.convert_bigbench import convert_chat, convert_wikidata
 from factormix.data.convert_labelled import REVIEW_SITES, convert_foods, convert_sections, convert_sentences
-from factormix.data.convert_model import convert_gemma3, convert_minilm, convert_smollm2
+from factormix.data.convert_model import convert_albert, convert_gemma3, convert_minilm, convert_smollm2
 from factormix.data.convert_pubmed import convert_pubmed
 from factormix.data.convert_text import convert_brown, convert_foldoc, convert_handbook
 from factormix.data.packages import Package, download, unpack
@@ -143,6 +143,21 @@ ASSETS: dict[str, Asset] = {
             convert_minilm,
             "Apache-2.0",
             "all-MiniLM-L6-v2 (BERT, plain FFN 384 x 1536, 6 layers), without a masked-LM head",
+        ),
+        Asset(
+            "albert",
+            "model",
+            (
+                Package(
+                    "pypi",
+                    "rxnmapper",
+                    "0.4.3",
+                    "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5",
+                ),
+            ),
+            convert_albert,
+            "MIT",
+            "RXNMapper's ALBERT (plain FFN 256 x 512, one for 12 layers), a masked language model of reaction SMILES",
         ),
         Asset(
             "brown",

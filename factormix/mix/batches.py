@@ -26,8 +26,12 @@ class Stage1Batches:
     Args:
         windows: unstructured knowledge, or None.
         facts: padded rows of structured knowledge, as `fact_rows` makes them.
-        general: windows of general text; micro-batch i is trained beside window i, or i modulo their number.
+        general: windows of general text.
         tokens: of one micro-batch.
+
+    Attributes:
+        beside: the general window of each micro-batch, by number: at random (window i, or i modulo their number, of
+            documents in random order) unless something else is put here.
     """
 
     def __init__(
@@ -35,18 +39,21 @@ class Stage1Batches:
     ) -> None:
         self.windows, self.facts, self.general, self.tokens = windows, facts, general, tokens
         self._texts = 0 if windows is None else len(windows)
+        self.beside = [i % len(general) for i in range(len(self))]
 
     def __len__(self) -> int:
         return self._texts + len(self.facts)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        row = self.beside[index]
+        ids = self.general.input_ids[row : row + 1]  # (1, L')
+        return {**self.knowledge(index), "general_ids": ids, "general_mask": torch.ones_like(ids)}
+
+    def knowledge(self, index: int) -> dict[str, Tensor]:
+        """A micro-batch without the general text beside it."""
         if self.windows is not None and index < self._texts:
-            batch = window_batch(self.windows, index)
-        else:
-            batch = dict(self.facts[index - self._texts])
-        row = slice(index % len(self.general), index % len(self.general) + 1)
-        ids = self.general.input_ids[row]  # (1, L')
-        return {**batch, "general_ids": ids, "general_mask": torch.ones_like(ids)}
+            return window_batch(self.windows, index)
+        return dict(self.facts[index - self._texts])
 
 
 def stage1_batches(
@@ -57,6 +64,7 @@ def stage1_batches(
     window: int,
     tokens: int,
     seed: int,
+    general_tokens: int | None = None,
 ) -> Stage1Batches:
     """Read, tokenise and pack both texts.
 
@@ -67,6 +75,7 @@ def stage1_batches(
         window: L, of both.
         tokens: most tokens of unstructured knowledge that are packed; text beyond is not tokenised.
         seed: of the order of documents.
+        general_tokens: most tokens of general text that are packed; by default as many as of knowledge.
 
     Raises:
         FactorMixError: as `read_documents` and `pack`; a fact without object tokens or longer than a window.
@@ -77,7 +86,8 @@ def stage1_batches(
     windows = pack_some(texts, tokenizer, window, tokens, seed) if texts else None
     facts = [fact_of(r["prompt"], target, tokenizer, window) for r in records for target in r["targets"]]
     rows = fact_rows(facts, window, tokenizer.pad_token_id or 0, seed)
-    packed = pack_some(read_documents(general).plain(tokenizer), tokenizer, window, tokens, seed + 1)
+    texts = read_documents(general).plain(tokenizer)
+    packed = pack_some(texts, tokenizer, window, general_tokens or tokens, seed + 1)
     return Stage1Batches(windows, rows, packed, window)
 
 

@@ -23,7 +23,7 @@ from factormix.mix.task import Task
 from factormix.run.workdir import WorkDirectory
 from factormix.train import loop
 from tests.families import tiny_model
-from tests.mix.toy import QUICK, domains, examples, tokenizer
+from tests.mix.toy import FAMILIES, QUICK, domains, examples, tokenizer
 
 LABELLED = ("single-label", "multi-label", "regression", "multiple-choice")
 
@@ -33,7 +33,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return tokenizer(tmp_path_factory.mktemp("words"))
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "albert"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_learns_a_separable_task_and_changes_nothing_frozen(family: str, tmp_path: Path, words: Any) -> None:
     model, folders = tiny_model(family), domains(family, tmp_path)
     before = {n: p.clone() for n, p in model.named_parameters()}
