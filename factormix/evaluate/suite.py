@@ -32,6 +32,8 @@ class Evaluation:
     """texts of the source the calibration came from; every other text is foreign"""
     tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """``{task: {base, model, chance, n, stderr}}`` where a harness ran tasks beside"""
+    recall: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """``{stem: {"base", "model": a RecallScore}}`` where facts were asked beside"""
 
     @property
     def foreign(self) -> tuple[str, ...]:
@@ -53,6 +55,7 @@ class Evaluation:
             "perplexity": {stem: score.perplexity_dict() for stem, score in self.texts.items()},
             "agreement": {stem: score.agreement_dict() for stem, score in self.texts.items()},
             "tasks": self.tasks,
+            "recall": self.recall,
             "in_domain": list(self.in_domain),
             "foreign": list(self.foreign),
             "mean_ratio": {

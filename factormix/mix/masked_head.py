@@ -91,8 +91,8 @@ class MaskedHead(nn.Module):
     def forward(self, input_ids: Tensor, where: Tensor) -> Tensor:
         """Logits at some tokens, through the frozen encoder: input_ids (B, L), where (B, L) bool -> (M, V)."""
         with torch.no_grad():
-            states = self.encoder(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).last_hidden_state
-        return self.logits(states[where][None])[0]  # (1, M, H) -> (M, V)
+            said = self.encoder(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+        return self.logits(said.last_hidden_state[where][None])[0]  # (1, M, H) -> (M, V)
 
     def logits(self, states: Tensor) -> Tensor:
         """Last hidden states (B, L, H) -> logits (B, L, V), float32 outside autocast."""

@@ -12,7 +12,8 @@ from factormix.run.errors import FactorMixError
 def test_json_keys_are_exact(llama, windows):
     texts = {"brown": windows(seed=0), "foldoc": windows(seed=1)}
     made = evaluate(llama(1), llama(0), texts, in_domain=["brown"]).to_dict()
-    assert set(made) == {"schema_version", "perplexity", "agreement", "tasks", "in_domain", "foreign", "mean_ratio"}
+    groups = {"in_domain", "foreign", "mean_ratio"}
+    assert set(made) == {"schema_version", "perplexity", "agreement", "tasks", "recall", *groups}
     assert made["schema_version"] == 1
     assert set(made["perplexity"]) == set(made["agreement"]) == {"brown", "foldoc"}
     for stem in texts:
