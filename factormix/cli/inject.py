@@ -106,7 +106,7 @@ def inject(
         known["retriever"] = identity(retriever, read_config(retriever))
     fingerprint = {"config": config.to_dict(), "domain": run.domain, "data": known}
     work = WorkDirectory(f"{run.out}.work", fingerprint, overwrite)
-    say_resumed(work, "stage1", quiet)
+    say_resumed(work, "head" if headless and not work.done("head") else "stage1", quiet)
     head, of_head = None, dict[str, Any]()
     with work.removed_if_without("*/checkpoint-*" if retriever is None else "passages.json"):
         if retriever is not None:
