@@ -80,6 +80,7 @@ def inject(
     paths, general = locate_text(run.knowledge, quiet), locate_text(run.retain, quiet)
     data = text_hashes([*paths, *general])  # reads all text: what is wrong with it shows before anything is computed
     source = locate(run.model, quiet)
+    retriever = locate(config.retriever, quiet) if config.retain_by == "nearest" else None
     unfilled = empty(read_config(source))
     sizes, headless = stage1.plan(unfilled, config), masked_head.needs_head(unfilled)
     if dry_run:
@@ -101,14 +102,13 @@ def inject(
     if held < config.tokens:
         say(f"the knowledge fills {held:,} tokens; it is read {config.tokens / held:.1f} times.", quiet)
     known = {**data, "model": identity(source, base.config), "dtype": dtype}
-    retriever = locate(config.retriever, quiet) if config.retain_by == "nearest" else None
     if retriever is not None:
         known["retriever"] = identity(retriever, read_config(retriever))
     fingerprint = {"config": config.to_dict(), "domain": run.domain, "data": known}
     work = WorkDirectory(f"{run.out}.work", fingerprint, overwrite)
     say_resumed(work, "stage1", quiet)
     head, of_head = None, dict[str, Any]()
-    with work.removed_if_without("*/checkpoint-*"):
+    with work.removed_if_without("*/checkpoint-*" if retriever is None else "passages.json"):
         if retriever is not None:
             with record.phase("retrieve"):
                 micro.beside = retrieve.nearest(

@@ -78,6 +78,8 @@ class InjectConfig(Config):
             raise FactorMixError("reads 'neurons' goes with form 'bottleneck'; form 'ffn' reads the FFN's input.")
         if self.knowledge_weight == 0:
             raise FactorMixError("knowledge_weight 0 trains nothing: L_S alone is 0 at the start and stays there.")
+        if self.retain_by == "nearest" and self.old_knowledge == "none":
+            raise FactorMixError("retain_by 'nearest' chooses the text of L_S, which old_knowledge 'none' leaves out.")
         if self.mask == 0:
             raise FactorMixError("mask 0 leaves no token to predict; the usual share is 0.15.")
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
@@ -69,6 +70,8 @@ class MaskedHead(nn.Module):
         trained: names of the head's parameters in this module.
     """
 
+    encoder: PreTrainedModel
+
     def __init__(self, encoder: PreTrainedModel) -> None:
         super().__init__()
         assert needs_head(encoder)
@@ -88,12 +91,21 @@ class MaskedHead(nn.Module):
     def forward(self, input_ids: Tensor, where: Tensor) -> Tensor:
         """Logits at some tokens, through the frozen encoder: input_ids (B, L), where (B, L) bool -> (M, V)."""
         with torch.no_grad():
-            said = self.encoder(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))  # type: ignore[operator]
+            said = self.encoder(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
         return self.logits(said.last_hidden_state[where][None])[0]  # (1, M, H) -> (M, V)
 
     def logits(self, states: Tensor) -> Tensor:
         """Last hidden states (B, L, H) -> logits (B, L, V), float32 outside autocast."""
         return cast(Tensor, self.family(inputs_embeds=states.float()).logits)
+
+    @torch.no_grad()
+    def start(self, ids: Tensor) -> None:
+        """Let the bias start at the log-frequencies of the tokens `ids` (T,): what a head can say without the encoder,
+        which the optimiser would need hundreds of steps for."""
+        bias = self.family.get_output_embeddings().bias  # (V,)
+        if bias is not None:
+            counts = 1 + torch.bincount(ids, minlength=len(bias)).to(bias)  # (V,)
+            bias.copy_((counts / counts.sum()).log())
 
     def tensors(self) -> dict[str, Tensor]:
         """What its file holds, by the names of the family's class."""
@@ -170,6 +182,7 @@ def train_head(
         f"on {config.head_tokens:,} tokens of general text, the encoder frozen.",
         quiet,
     )
+    head.start(general.input_ids[general.scored])
     loss = HeadLoss(config.mask, mask, cast(Any, encoder.get_input_embeddings()).num_embeddings)
     loop = LoopConfig.of(config, tokens=config.head_tokens)
     rates = dict.fromkeys(head.trained, LEARNING_RATE)
@@ -177,7 +190,7 @@ def train_head(
         folder = scratch if work is None else work.path / "head"
         result = train(head, general, loss, rates, loop, folder, label="training a masked-LM head", quiet=quiet)
     done = {"tokens": result.tokens, "parameters": result.params_trained, "history": result.metrics["history"]}
-    if work is not None:
+    if work is not None and PartialState().is_main_process:
         work.save("head", head.tensors(), done)
     return head, done
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -82,7 +83,7 @@ def nearest(
             "knowledge": _vectors(knowledge, encode, "reading the knowledge", quiet),
             "general": _vectors(general, encode, "reading the general text", quiet),
         }
-        if work is not None:
+        if work is not None and PartialState().is_main_process:
             work.save("passages", vectors)
     parts = vectors["knowledge"].split(CHUNK)  # (n, H) each
     found = [i for part in parts for i in (part @ vectors["general"].T).argmax(1).tolist()]  # (n, G) -> (n,)

@@ -200,6 +200,8 @@ def test_killed_and_resumed(llama: Path, text: Path) -> None:
         (["--form", "lora"], "allowed: 'ffn', 'bottleneck'"),
         (["--domain", "a/b"], "domain 'a/b' is not allowed"),
         (["--reduction", "4"], "give one of them"),
+        (["--retain-by", "nearest", "--old-knowledge", "none"], "retain_by 'nearest' chooses the text of L_S"),
+        (["--retain-by", "nearest", "--retriever", "./none"], "'./none' does not exist"),
         (["--retain", "no.txt"], "no.txt' does not exist"),
     ],
 )

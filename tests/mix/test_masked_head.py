@@ -62,6 +62,14 @@ def test_the_head_learns_and_the_encoder_stays_bit_for_bit(sparse: bool) -> None
     assert not any(p.requires_grad for p in head.parameters())
 
 
+def test_it_starts_from_the_frequencies_of_the_words() -> None:
+    head = MaskedHead(base_model("bert-base"))
+    head.start(torch.tensor([7, 7, 7, 8]))
+    bias = head.tensors()["cls.predictions.bias"]
+    assert torch.allclose(bias.exp().sum(), torch.tensor(1.0)) and bias[7] > bias[8] > bias[9] == bias[10]
+    assert torch.allclose(bias[7] - bias[8], torch.tensor(2.0).log())
+
+
 def test_the_run_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     train_head(base_model("bert-base"), learnable(), HEADED, Tokenizer())  # type: ignore[arg-type]
     assert "BertModel has no masked-LM head" in capsys.readouterr().err
