@@ -30,7 +30,7 @@ class Stage1Batches:
         tokens: of one micro-batch.
         length: micro-batches of the whole run; where it is more than there are different ones of knowledge, these
             repeat, each time beside other general text.
-        old_every: one micro-batch in so many has general text beside it.
+        old_every: one micro-batch in so many has general text beside it, and its L_S counts so many times.
 
     Attributes:
         distinct: micro-batches of knowledge that differ.
@@ -61,7 +61,8 @@ class Stage1Batches:
             return self.knowledge(index)
         row = self.beside[index]
         ids = self.general.input_ids[row : row + 1]  # (1, L')
-        return {**self.knowledge(index), "general_ids": ids, "general_mask": torch.ones_like(ids)}
+        general = {"general_ids": ids, "general_mask": torch.ones_like(ids)}
+        return {**self.knowledge(index), **general, "old_weight": torch.tensor(float(self.old_every))}
 
     def knowledge(self, index: int) -> dict[str, Tensor]:
         """A micro-batch without the general text beside it."""
@@ -80,7 +81,7 @@ def stage1_batches(
     tokens: int,
     seed: int,
     general_tokens: int | None = None,
-    old_every: int = 1,
+    old_every: int = 4,
 ) -> Stage1Batches:
     """Read, tokenise and pack both texts.
 

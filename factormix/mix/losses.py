@@ -65,11 +65,11 @@ class InjectionLoss:
         Args:
             model: `self.model` in whatever wrapper trains it.
             batch: "input_ids", "attention_mask" (B, L); "counted" (B, L) bool, the tokens L_K may predict;
-                "structured" () bool; in one batch of `old_every`, "general_ids", "general_mask" (B', L').
+                "structured" () bool; and where L_S is taken "general_ids", "general_mask" (B', L'), "old_weight" ().
         """
         parts = {"knowledge": self.config.knowledge_weight * self.knowledge(model, batch)}
         if self.config.old_knowledge != "none" and "general_ids" in batch:
-            parts["old"] = self.config.old_every * self.old(batch["general_ids"], batch["general_mask"])
+            parts["old"] = batch["old_weight"] * self.old(batch["general_ids"], batch["general_mask"])
         return parts
 
     def knowledge(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -27,7 +27,7 @@ def write_facts(path: Path, count: int = 30) -> Path:
 
 def made(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, *knowledge: Path, tokens: int = 2048) -> Stage1Batches:
     general = write_text(tmp_path / "general.txt", documents=5)
-    return stage1_batches(knowledge, [str(general)], tokenizer, window=32, tokens=tokens, seed=0)  # type: ignore[arg-type]
+    return stage1_batches(knowledge, [str(general)], tokenizer, window=32, tokens=tokens, seed=0, old_every=1)  # type: ignore[arg-type]
 
 
 def test_only_the_objects_tokens_count(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -66,6 +66,7 @@ def test_what_is_read_again_stands_beside_other_general_text(
     assert of.distinct < 10 and len(of) == 20
     assert torch.equal(of[1]["input_ids"], of[1 + of.distinct]["input_ids"])
     assert [("general_ids" in of[i]) for i in range(8)] == [True, False, False, False] * 2
+    assert float(of[0]["old_weight"]) == 4
     beside = [of[i]["general_ids"] for i in range(0, 20, 4)]
     assert len({tuple(ids.flatten().tolist()) for ids in beside}) == 5  # all of what was packed
 
@@ -82,7 +83,7 @@ def test_the_seed_orders_the_knowledge(tmp_path: Path, tokenizer: PreTrainedToke
     text, general = write_text(tmp_path / "text.txt"), write_text(tmp_path / "general.txt")
 
     def ids(seed: int) -> torch.Tensor:
-        of = stage1_batches([text], [str(general)], tokenizer, window=32, tokens=640, seed=seed)
+        of = stage1_batches([text], [str(general)], tokenizer, window=32, tokens=640, seed=seed, old_every=1)
         return torch.cat([torch.cat([of[i]["input_ids"], of[i]["general_ids"]], 1) for i in range(len(of))])
 
     assert torch.equal(ids(0), ids(0)) and not torch.equal(ids(0), ids(1))

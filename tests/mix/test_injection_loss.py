@@ -29,6 +29,7 @@ def batch(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
     whole = {
         "input_ids": ids, "attention_mask": torch.ones_like(ids), "counted": torch.ones_like(ids).bool(),
         "structured": torch.tensor(False), "general_ids": general, "general_mask": torch.ones_like(general),
+        "old_weight": torch.tensor(3.0),
     }  # fmt: skip
     return {**whole, **changes}
 
@@ -112,7 +113,7 @@ def test_the_distance_of_outputs_by_hand(sparse: bool) -> None:
         with wrapped.disable_adapter():
             p = model(general).logits.log_softmax(-1)
         want = (p.exp() * (p - q)).sum(-1).mean()
-        loss = loss_of(model, old_every=3)
+        loss = loss_of(model)
         assert torch.isclose(loss.old(general, torch.ones_like(general)), want, rtol=1e-4) and want > 1e-4
         assert torch.isclose(loss(wrapped, batch())["old"], 3 * want, rtol=1e-4)  # one micro-batch in three has it
         assert torch.isclose(model(general).logits.log_softmax(-1), q).all()  # the adapters are on again
