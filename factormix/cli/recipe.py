@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from factormix.factor.config import FactorConfig
+from factormix.factor.config import PRESETS, FactorConfig
 from factormix.mix.adapt_config import AdaptConfig
 from factormix.mix.config import InjectConfig
 from factormix.run.config import Config, describe, option
@@ -82,7 +82,7 @@ class Recipe(_Recipe):
     out: str | None = option(None, help="the directory to write")
     text: list[str] = option([], help="calibration text")
     heal_text: list[str] = option([], help="text for healing; the calibration text by default")
-    preset: str = option("default", help="what the options left open are", choices=("default", "paper"))
+    preset: str = option("default", help="what the options left open are", choices=tuple(PRESETS))
     config: FactorConfig = option(FactorConfig, help="the other keys of a recipe, at its top level")
 
     @classmethod
