@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -81,4 +82,5 @@ for _name, _command in COMMANDS.items():
 
 def main() -> None:
     """The `factormix` console script."""
+    warnings.simplefilter("ignore", FutureWarning)  # libraries' notes to their developers, not to those who run them
     app()

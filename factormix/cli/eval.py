@@ -18,11 +18,16 @@ from factormix.data.packing import Packed, pack, wants_bos
 from factormix.data.text import Documents, read_documents
 from factormix.evaluate.choice import LIMIT, check_harness, read_task
 from factormix.evaluate.last_word import cut_passages
+from factormix.evaluate.recall import recall
 from factormix.evaluate.suite import LAST_WORD_TOKENS, SUITES, Evaluation, answer_for, evaluate_for
 from factormix.run.errors import FactorMixError, choose
 from factormix.run.progress import say
 
 Tokens = Annotated[int, typer.Option("--tokens", help="tokens of each text, from its start; fewer if it is shorter")]
+Facts = Annotated[
+    list[str] | None,
+    typer.Option("--facts", metavar="FILE", help="prompts with targets: how many does the model recall? repeat"),
+]
 InDomain = Annotated[
     list[str] | None,
     typer.Option(
@@ -57,11 +62,13 @@ def evaluate(
     model: options.Model,
     against: options.Against = None,
     adapter: options.Adapter = None,
+    gate: options.Gate = None,
     mix: options.Mix = None,
     suite: SuiteName = None,
     text: options.Text = None,
     last_word: LastWord = None,
     tasks: Tasks = None,
+    facts: Facts = None,
     tokens: Tokens = 16_384,
     last_word_tokens: LastWordTokens = LAST_WORD_TOKENS,
     limit: Limit = LIMIT,
@@ -83,25 +90,31 @@ def evaluate(
     chosen = SUITES[choose("suite", suite, SUITES)] if suite else None
     texts, prose = text or list(chosen.texts if chosen else ()), last_word or list(chosen.prose if chosen else ())
     asked = [name for each in tasks or () for name in each.split(",")] or list(chosen.tasks if chosen else ())
-    if not texts:
+    if not (texts or facts or prose or asked):
         raise FactorMixError("no text to evaluate on: give --text FILE, for example --text asset:brown-heldout.")
     if asked:
         check_harness()
         for name in asked:
             read_task(name, limit, seed, quiet)  # what is wrong with a task's data shows before anything is computed
-    documents, stories = _by_stem(locate_text(texts, quiet)), _by_stem(locate_text(prose, quiet))
+    documents, stories, known = (_by_stem(locate_text(names, quiet)) for names in (texts, prose, facts or ()))
     source, base_source = locate(model, quiet), None if against is None else locate(against, quiet)
     tokenizer = open_tokenizer(source)
     packed = {stem: pack_text(each, tokenizer, window, tokens, quiet) for stem, each in documents.items()}
     share = last_word_tokens // max(1, len(stories))
-    passages = {stem: cut_passages(each.texts, tokenizer, share, seed) for stem, each in stories.items()}
+    passages = {stem: cut_passages(each.plain(tokenizer), tokenizer, share, seed) for stem, each in stories.items()}
     inside = in_domain or in_domain_of(source, documents, quiet)
-    sparse = open_adapted(source, adapter or (), mix, dtype, device, device_map)
+    sparse = open_adapted(source, adapter or (), gate, mix, dtype, device, device_map)
     dense = None if base_source is None else open_model(base_source, dtype, device, device_map)
     answers = answer_for({"model": sparse}, dense, passages, asked, tokenizer, limit=limit, seed=seed, quiet=quiet)
-    result = evaluate_for(
-        {"model": sparse}, dense, packed, in_domain=inside, seed=seed, quiet=quiet, tasks=answers
-    )["model"]  # fmt: skip
+    result = Evaluation({}, (), answers["model"], seed=seed)
+    if packed:
+        scored = evaluate_for({"model": sparse}, dense, packed, in_domain=inside, seed=seed, quiet=quiet, tasks=answers)
+        result = scored["model"]
+    models = {"base": dense, "model": sparse}
+    for stem, each in known.items():
+        result.recall[stem] = {
+            name: recall(m, tokenizer, each, quiet=quiet).to_dict() for name, m in models.items() if m is not None
+        }
     options.put_json(json, result.to_dict())
     typer.echo(_table(result))
 
@@ -123,7 +136,7 @@ def pack_text(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, window: int, tokens: int, quiet: bool
 ) -> Packed:
     """`tokens` tokens of a text, or all its whole windows where it is shorter; BOS where the tokenizer has one."""
-    packed = pack(documents.texts, tokenizer, window, tokens, bos=wants_bos(tokenizer), at_most=True)
+    packed = pack(documents.plain(tokenizer), tokenizer, window, tokens, bos=wants_bos(tokenizer), at_most=True)
     if packed.tokens < tokens // window * window:
         say(f"{documents.name} is shorter than {tokens:,} tokens; all its {packed.tokens:,} are used.", quiet)
     return packed
@@ -145,13 +158,13 @@ def _table(result: Evaluation) -> str:
         top1 = "-" if of.top1 is None else f"{100 * of.top1:.1f} %"
         place = " (in-domain)" if stem in result.in_domain else ""
         rows.append((stem + place, f"{of.tokens:,}", base, f"{of.model:.3f}", ratio, top1, kl))
-    lines = ["perplexity", *options.aligned(rows)]
+    lines = ["perplexity", *options.aligned(rows)] if result.texts else []
     groups = {"all": None, "in-domain": result.in_domain, "foreign": result.foreign if result.in_domain else ()}
     for name, stems in groups.items():
         mean = result.mean_ratio(stems)
         if mean is not None:
             lines.append(f"geometric mean of the ratios, {name}: {mean:.3f}")
-    return "\n".join([*lines, *_answers(result)])
+    return "\n".join([*lines, *_recall_table(result), *_answers(result)])
 
 
 def _answers(result: Evaluation) -> list[str]:
@@ -175,3 +188,12 @@ def _answers(result: Evaluation) -> list[str]:
                 f"{of['above_chance']:.3f} ({least:.3f} to {most:.3f}); {len(of['tasks'])} tasks count"
             )
     return lines
+
+
+def _recall_table(result: Evaluation) -> list[str]:
+    rows: list[tuple[str, ...]] = [("facts", "asked", "of", "exact", "first token", "loss, nats")]
+    for stem, by_model in result.recall.items():
+        for name, of in by_model.items():
+            shares = [f"{100 * of[key]:.1f} %" for key in ("exact", "first_token")]
+            rows.append((stem, f"{of['facts']:,}", name, *shares, f"{of['loss']:.3f}"))
+    return options.aligned(rows) if result.recall else []

@@ -120,6 +120,23 @@ class AdaptRecipe(_Recipe):
     config: AdaptConfig = option(AdaptConfig, help="the other keys of a recipe, at its top level")
 
 
+def open_any(path: Path) -> tuple[str, Recipe | InjectRecipe | AdaptRecipe]:
+    """A recipe of any command, and which command it is for: its own keys tell.
+
+    Raises:
+        FactorMixError: no YAML, an unknown key, a value that cannot be.
+    """
+    try:
+        keys = _read(path).keys()
+    except FactorMixError as error:
+        raise FactorMixError(f"recipe {str(path)!r}: {error}") from error
+    if keys & {"domain", "knowledge", "retain"}:
+        return "inject", InjectRecipe.open(path, {})
+    if keys & {"domains", "task"}:
+        return "adapt", AdaptRecipe.open(path, {})
+    return "factor", Recipe.open(path, {})
+
+
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the values of `over`, mapping by mapping."""
     out = dict(base)

