@@ -23,12 +23,14 @@ from factormix.cli.inspect import inspect
 from factormix.cli.merge import merge
 from factormix.cli.predict import predict
 from factormix.cli.show import show
+from factormix.cli.sweep import sweep
 from factormix.cli.validate import validate
 from factormix.run.errors import FactorMixError
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "factor": factor,
     "eval": evaluate,
+    "sweep": sweep,
     "generate": generate,
     "bench": bench,
     "inject": inject,

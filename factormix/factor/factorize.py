@@ -135,7 +135,7 @@ def _factor_site(
 
 
 def _spec(site: FFNSite, config: FactorConfig) -> SparseSpec:
-    return sparse_spec(site, config.cut, config.gate, compensated=config.partition in COMPENSATED)
+    return sparse_spec(site, config.cut, config.gate, config.partition in COMPENSATED, config.router)
 
 
 def _inputs_of_every_use(model: PreTrainedModel, site: FFNSite, batches: list[dict[str, Tensor]]) -> Tensor:
