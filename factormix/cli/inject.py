@@ -80,6 +80,7 @@ def inject(
     paths, general = locate_text(run.knowledge, quiet), locate_text(run.retain, quiet)
     data = text_hashes([*paths, *general])  # reads all text: what is wrong with it shows before anything is computed
     source = locate(run.model, quiet)
+    retriever = locate(config.retriever, quiet) if config.retain_by == "nearest" else None
     unfilled = empty(read_config(source))
     sizes, headless = stage1.plan(unfilled, config), masked_head.needs_head(unfilled)
     if dry_run:
@@ -95,20 +96,19 @@ def inject(
         micro = batches.stage1_batches(
             paths, [str(path) for path in general], tokenizer,
             window=fitting(config.window, base.config), tokens=config.tokens, seed=config.seed,
-            general_tokens=_general_tokens(config, headless),
+            general_tokens=_general_tokens(config, headless), old_every=config.old_every,
         )  # fmt: skip
-    held = len(micro) * micro.tokens
+    held = micro.distinct * micro.tokens
     if held < config.tokens:
         say(f"the knowledge fills {held:,} tokens; it is read {config.tokens / held:.1f} times.", quiet)
     known = {**data, "model": identity(source, base.config), "dtype": dtype}
-    retriever = locate(config.retriever, quiet) if config.retain_by == "nearest" else None
     if retriever is not None:
         known["retriever"] = identity(retriever, read_config(retriever))
     fingerprint = {"config": config.to_dict(), "domain": run.domain, "data": known}
     work = WorkDirectory(f"{run.out}.work", fingerprint, overwrite)
-    say_resumed(work, "stage1", quiet)
+    say_resumed(work, "head" if headless and not work.done("head") else "stage1", quiet)
     head, of_head = None, dict[str, Any]()
-    with work.removed_if_without("*/checkpoint-*"):
+    with work.removed_if_without("*/checkpoint-*" if retriever is None else "passages.json"):
         if retriever is not None:
             with record.phase("retrieve"):
                 micro.beside = retrieve.nearest(
@@ -133,10 +133,10 @@ def inject(
 
 
 def _general_tokens(config: InjectConfig, headless: bool) -> int:
-    """Tokens of general text to read: as many as of knowledge, or those that a head or a choice of passages needs."""
+    """Tokens of general text to read: those that L_S, a head or a choice of passages needs."""
     from factormix.mix.retrieve import POOL
 
-    pool = POOL * config.tokens if config.retain_by == "nearest" else config.tokens
+    pool = POOL * config.tokens if config.retain_by == "nearest" else config.tokens // config.old_every
     return max(pool, config.head_tokens) if headless else pool
 
 
@@ -147,7 +147,9 @@ def _text_encoder(source: Source, device: str) -> TextEncoder:
 
 
 def _budget(config: InjectConfig, headless: bool) -> str:
-    old = "without L_S" if config.old_knowledge == "none" else f"L_S {config.old_knowledge} on as many general tokens"
+    old = "without L_S"
+    if config.old_knowledge != "none":
+        old = f"L_S {config.old_knowledge} on {config.tokens // config.old_every:,} tokens of general text"
     if config.old_knowledge != "none" and config.retain_by == "nearest":
         old += f", the nearest by {config.retriever}"
     first = f"first a masked-LM head on {config.head_tokens:,} general tokens; " if headless else ""
@@ -155,8 +157,10 @@ def _budget(config: InjectConfig, headless: bool) -> str:
 
 
 def _summary(run: InjectRecipe, source: Source, result: dict[str, Any], causal: bool) -> str:
-    adapter, history = result["metrics"]["adapter"], result["metrics"]["history"] or [{}]
-    parts = ", ".join(f"{name} {value:.4g}" for name, value in history[-1].items() if name != "step")
+    adapter, last = result["metrics"]["adapter"], dict[str, float]()
+    for step in result["metrics"]["history"]:
+        last |= step  # not every step has an L_S
+    parts = ", ".join(f"{name} {value:.4g}" for name, value in last.items() if name != "step")
     adapter_dir, model = str(run.out), source.typed
     if causal:
         words = ["factormix", "eval", model, "--adapter", adapter_dir, "--against", model, "--text"]

@@ -95,7 +95,8 @@ def convert_albert(packages: Sequence[Path], out: Path) -> None:
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, model_max_length=config.max_position_embeddings, pad_token="[PAD]",
-        unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+        unk_token="[UNK]", mask_token="[MASK]", bos_token="[CLS]", cls_token="[CLS]", eos_token="[SEP]",
+        sep_token="[SEP]",
     )  # fmt: skip
     ids = tokenizer(REACTION)["input_ids"]
     if tokenizer.decode(ids, skip_special_tokens=True) != REACTION or vocab["[UNK]"] in ids:

@@ -70,8 +70,16 @@ def write_sweep(folder: Path, varied: Sequence[str], rows: Sequence[Row]) -> Non
 
 
 def _markdown(varied: Sequence[str], rows: Sequence[Row], drawn: bool) -> str:
-    wanted = ("active_fraction", "ratio_in_domain", "ratio_foreign", "ratio_all", "top1", "retention", "seconds")
-    shown = [key for key in wanted if any(row.get(key) is not None for row in rows)]
+    shown: tuple[str, ...] = (
+        "active_fraction",
+        "ratio_in_domain",
+        "ratio_foreign",
+        "ratio_all",
+        "top1",
+        "retention",
+        "seconds",
+    )
+    shown = tuple(key for key in shown if any(row.get(key) is not None for row in rows))
     head = [*varied, *(key.replace("_", " ") for key in shown)]
     lines = [
         "# Sweep",

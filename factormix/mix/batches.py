@@ -28,29 +28,45 @@ class Stage1Batches:
         facts: padded rows of structured knowledge, as `fact_rows` makes them.
         general: windows of general text.
         tokens: of one micro-batch.
+        length: micro-batches of the whole run; where it is more than there are different ones of knowledge, these
+            repeat, each time beside other general text.
+        old_every: one micro-batch in so many has general text beside it, and its L_S counts so many times.
 
     Attributes:
-        beside: the general window of each micro-batch, by number: at random (window i, or i modulo their number, of
-            documents in random order) unless something else is put here.
+        distinct: micro-batches of knowledge that differ.
+        beside: the general window of each micro-batch, by number: at random (one after the other, of documents in
+            random order) unless something else is put here.
     """
 
     def __init__(
-        self, windows: Packed | None, facts: Sequence[dict[str, Tensor]], general: Packed, tokens: int
+        self,
+        windows: Packed | None,
+        facts: Sequence[dict[str, Tensor]],
+        general: Packed,
+        tokens: int,
+        length: int = 0,
+        old_every: int = 1,
     ) -> None:
         self.windows, self.facts, self.general, self.tokens = windows, facts, general, tokens
         self._texts = 0 if windows is None else len(windows)
-        self.beside = [i % len(general) for i in range(len(self))]
+        self.distinct = self._texts + len(self.facts)
+        self.length, self.old_every = max(length, self.distinct), old_every
+        self.beside = [i // old_every % len(general) for i in range(len(self))]
 
     def __len__(self) -> int:
-        return self._texts + len(self.facts)
+        return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index % self.old_every:
+            return self.knowledge(index)
         row = self.beside[index]
         ids = self.general.input_ids[row : row + 1]  # (1, L')
-        return {**self.knowledge(index), "general_ids": ids, "general_mask": torch.ones_like(ids)}
+        general = {"general_ids": ids, "general_mask": torch.ones_like(ids)}
+        return {**self.knowledge(index), **general, "old_weight": torch.tensor(float(self.old_every))}
 
     def knowledge(self, index: int) -> dict[str, Tensor]:
         """A micro-batch without the general text beside it."""
+        index %= self.distinct
         if self.windows is not None and index < self._texts:
             return window_batch(self.windows, index)
         return dict(self.facts[index - self._texts])
@@ -65,6 +81,7 @@ def stage1_batches(
     tokens: int,
     seed: int,
     general_tokens: int | None = None,
+    old_every: int = 4,
 ) -> Stage1Batches:
     """Read, tokenise and pack both texts.
 
@@ -73,9 +90,10 @@ def stage1_batches(
         general: files or documents of general text.
         tokenizer: the model's.
         window: L, of both.
-        tokens: most tokens of unstructured knowledge that are packed; text beyond is not tokenised.
+        tokens: of the run; text beyond is not tokenised, less is read again.
         seed: of the order of documents.
         general_tokens: most tokens of general text that are packed; by default as many as of knowledge.
+        old_every: one micro-batch in so many has general text beside it.
 
     Raises:
         FactorMixError: as `read_documents` and `pack`; a fact without object tokens or longer than a window.
@@ -88,7 +106,7 @@ def stage1_batches(
     rows = fact_rows(facts, window, tokenizer.pad_token_id or 0, seed)
     retained = read_documents(general).plain(tokenizer)
     packed = pack_some(retained, tokenizer, window, general_tokens or tokens, seed + 1)
-    return Stage1Batches(windows, rows, packed, window)
+    return Stage1Batches(windows, rows, packed, window, tokens // window, old_every)
 
 
 def fact_rows(facts: Sequence[Fact], window: int, pad: int, seed: int) -> list[dict[str, Tensor]]:

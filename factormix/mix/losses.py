@@ -3,11 +3,16 @@
 L_K, new knowledge: next token for causal models, masked tokens for masked ones. Of structured knowledge, a prompt with
 its object, only the object's tokens count.
 
-L_S, old knowledge, on general text at the adapted model's own states x: how far each adapter moves its FFN's output,
+L_S, old knowledge, on general text: how far the adapted model is from the base. By default at its outputs,
 
-    L_S = mean over sites of  mean_t |A(x_t)|^2 / mean_t |F(x_t)|^2
+    L_S = mean_t KL(base || adapted)                                       ``distil``
 
-over the tokens t that are not padding. F(x) + A(x) is the FFN's output with the adapter and F(x) the one without; the
+over the tokens t that are not padding (masked language models: the masked ones). The paper's place for it is the FFN,
+at the adapted model's own states x: how far each adapter moves its FFN's output,
+
+    L_S = mean over sites of  mean_t |A(x_t)|^2 / mean_t |F(x_t)|^2        ``normalised``
+
+F(x) + A(x) is the FFN's output with the adapter and F(x) the one without; the
 released code compared a tensor with itself. The ``paper`` form is the plain mean of A(x)^2.
 """
 
@@ -21,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from factormix.mix.config import InjectConfig
-from factormix.nn import DomainFFN
-from factormix.train import bf16_pays
+from factormix.mix.peft_tuner import MixDALayer
+from factormix.train import bf16_pays, distillation
 
 KEEP_SHARE, RANDOM_SHARE = 0.1, 0.1  # of the tokens to predict, BERT leaves 10 % as they are and swaps 10 % at random
 
@@ -52,19 +57,19 @@ class InjectionLoss:
     ) -> None:
         self.model, self.domain, self.config, self.mask_token, self.head = model, domain, config, mask_token, head
         self.bf16 = bf16_pays(next(model.parameters()).device)  # the loop's autocast is around its own wrapper only
-        self.layers = [m for m in model.modules() if isinstance(m, DomainFFN) and domain in m.mixda_adapters]
+        self.layers = [m for m in model.modules() if isinstance(m, MixDALayer) and domain in m.mixda_adapters]
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The scalars "knowledge" and, unless left out, "old".
+        """The scalars "knowledge" and, where there is general text and L_S is not left out, "old".
 
         Args:
             model: `self.model` in whatever wrapper trains it.
             batch: "input_ids", "attention_mask" (B, L); "counted" (B, L) bool, the tokens L_K may predict;
-                "structured" () bool; "general_ids", "general_mask" (B', L').
+                "structured" () bool; and where L_S is taken "general_ids", "general_mask" (B', L'), "old_weight" ().
         """
         parts = {"knowledge": self.config.knowledge_weight * self.knowledge(model, batch)}
-        if self.config.old_knowledge != "none":
-            parts["old"] = self.old(batch["general_ids"], batch["general_mask"])
+        if self.config.old_knowledge != "none" and "general_ids" in batch:
+            parts["old"] = batch["old_weight"] * self.old(batch["general_ids"], batch["general_mask"])
         return parts
 
     def knowledge(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -87,6 +92,8 @@ class InjectionLoss:
 
     def old(self, ids: Tensor, mask: Tensor) -> Tensor:
         """L_S on general text, ids (B, L) and mask (B, L) with 0 for padding; a scalar."""
+        if self.config.old_knowledge == "distil":
+            return self._distance_of_outputs(ids, mask)
         kept = mask.bool().flatten()  # (T,)
         ratios = []
         for of_ffn, of_adapter in self._outputs(ids, mask):
@@ -97,6 +104,28 @@ class InjectionLoss:
             else:
                 ratios.append(moved / f.detach().square().sum(-1).mean())
         return torch.stack(ratios).mean()
+
+    def _distance_of_outputs(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """mean_t KL(base || adapted); ids (B, L), mask (B, L)."""
+        counted = mask.bool()  # (B, L)
+        if self.mask_token is not None:
+            ids, counted = self.masked(ids, counted)  # (B, L), (B, L)
+            if not bool(counted.any()):
+                return ids.sum() * 0.0
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+            with torch.no_grad(), self._without_adapters():
+                base = self._logits(self.model, ids, mask)  # (B, L, V)
+            return distillation(self._logits(self.model, ids, mask), base, counted)
+
+    @contextmanager
+    def _without_adapters(self) -> Iterator[None]:
+        for layer in self.layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.enable_adapters(True)
 
     def _logits(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
         said = model(input_ids=ids, attention_mask=mask, **no_cache(self.model))

@@ -76,7 +76,7 @@ def to_qwen2_moe(
         raise FactorMixError(f"the gates in {str(gate)!r} are not at the sites of {str(folder)!r}. Adapt again.")
     width = len(next(iter(neurons.values())).up)
     made = Qwen2MoeForCausalLM(_config(model, adapted, width)).eval()
-    made = made.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]
+    cast(Any, made).to(device=model.device, dtype=model.dtype)
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not _of(name, adapted)}
     for site in adapted:
         tensors |= _block(model, site, neurons[site.index], rows[f"{site.index}.weight"])

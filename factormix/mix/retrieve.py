@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -75,17 +76,18 @@ def nearest(
     if work is not None and work.done("passages"):
         vectors, _ = work.load("passages")
     else:
-        knowledge = [_text(batches.knowledge(i), tokenizer) for i in range(len(batches))]
+        knowledge = [_text(batches.knowledge(i), tokenizer) for i in range(batches.distinct)]
         general = [_plain(row, tokenizer) for row in batches.general.input_ids]
         encode = encoder()
         vectors = {
             "knowledge": _vectors(knowledge, encode, "reading the knowledge", quiet),
             "general": _vectors(general, encode, "reading the general text", quiet),
         }
-        if work is not None:
+        if work is not None and PartialState().is_main_process:
             work.save("passages", vectors)
     parts = vectors["knowledge"].split(CHUNK)  # (n, H) each
-    return [i for part in parts for i in (part @ vectors["general"].T).argmax(1).tolist()]  # (n, G) -> (n,)
+    found = [i for part in parts for i in (part @ vectors["general"].T).argmax(1).tolist()]  # (n, G) -> (n,)
+    return [found[i % batches.distinct] for i in range(len(batches))]
 
 
 def _vectors(texts: Sequence[str], encode: TextEncoder, label: str, quiet: bool) -> Tensor:

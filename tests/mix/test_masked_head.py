@@ -48,6 +48,9 @@ def test_what_needs_no_head() -> None:
     for family in ("llama", "llama-base", "bert", "bert-classify", "t5-encoder", "t5-plain"):
         assert not needs_head(tiny_model(family)), family
     assert needs_head(base_model("bert-base", sparse=True))
+    newer = tiny_model("deberta-v2").base_model
+    newer.config.legacy = False
+    assert not needs_head(newer)
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
