@@ -18,11 +18,11 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from factormix.data.convert_bigbench import convert_chat, convert_wikidata
+from factormix.data.convert_bigbench import CHOICE_TASKS, convert_chat, convert_choices, convert_wikidata
 from factormix.data.convert_labelled import REVIEW_SITES, convert_foods, convert_sections, convert_sentences
 from factormix.data.convert_model import convert_albert, convert_gemma3, convert_minilm, convert_smollm2
 from factormix.data.convert_pubmed import convert_pubmed
@@ -83,6 +83,9 @@ _BIGBENCH = Package(
     "1.0.0",
     "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
     only=("bigbench/benchmark_tasks/qa_wikidata", "bigbench/benchmark_tasks/social_iqa"),
+)
+_BIGBENCH_CHOICES = replace(
+    _BIGBENCH, only=tuple(f"bigbench/benchmark_tasks/{task.split('/')[0]}" for task in CHOICE_TASKS.values())
 )
 _PUBMED_TERMS = "terms of the National Library of Medicine; some abstracts are under their publishers' copyright"
 
@@ -261,6 +264,15 @@ ASSETS: dict[str, Asset] = {
             "Reuters-21578, for research",
             "Reuters news of 1987 with one of the eight most frequent topics (R8), lower-case letters only",
             ("reuters-train.jsonl", "reuters-test.jsonl"),
+        ),
+        Asset(
+            "bigbench-choices",
+            "text",
+            (_BIGBENCH_CHOICES,),
+            convert_choices,
+            "Apache-2.0 (BIG-bench)",
+            "Multiple choice: Social IQa, FEVER claims, the goals and steps of WikiHow",
+            tuple(f"{name}.jsonl" for name in CHOICE_TASKS),
         ),
         Asset(
             "mmlu",

@@ -54,6 +54,27 @@ def convert_chat(packages: Sequence[Path], out: Path) -> None:
         _write(out / f"chat-{part}.jsonl", rows)
 
 
+CHOICE_TASKS = {
+    "social-iqa": "social_iqa",
+    "fever": "fact_checker/fever",
+    "wikihow-goal": "goal_step_wikihow/goal_inference",
+    "wikihow-step": "goal_step_wikihow/step_inference",
+}
+"""By the name of the file that comes out."""
+
+
+def convert_choices(packages: Sequence[Path], out: Path) -> None:
+    """Questions with choices of which one is right, as they are in BIG-bench."""
+    for name, task in CHOICE_TASKS.items():
+        rows = []
+        for example in _examples(packages, task):
+            scores: dict[str, float] = example["target_scores"]
+            right = [i for i, score in enumerate(scores.values()) if score == 1]
+            if len(right) == 1 and len(scores) > 1:
+                rows.append({"text": example["input"].strip(), "choices": list(scores), "label": right[0]})
+        _write(out / f"{name}.jsonl", rows)
+
+
 def _examples(packages: Sequence[Path], task: str) -> list[dict[str, Any]]:
     file = find_folder(packages, f"**/benchmark_tasks/{task}/task.json")
     examples: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))["examples"]

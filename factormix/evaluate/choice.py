@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, replace
@@ -38,7 +39,10 @@ from factormix.data.text import read_documents
 from factormix.run.errors import FactorMixError
 from factormix.run.progress import say
 
-CORE_TASKS = ("reviews", "foods", "pubmed-sections", "newsgroups", "reuters", "brown-next", "pubmed-next", "mmlu-dev")
+CORE_TASKS = (
+    "reviews", "foods", "pubmed-sections", "newsgroups", "reuters", "brown-next", "pubmed-next", "social-iqa", "fever",
+    "wikihow-goal", "wikihow-step", "mmlu-dev",
+)  # fmt: skip
 LIMIT = 500  # questions of a task, unless another limit is given
 BATCH = 8  # requests a forward
 _FOLDER = resources.files("factormix.evaluate") / "choice_tasks"
@@ -52,7 +56,7 @@ class Answers:
 
     Attributes:
         right: (n,) float, 1 where it was right.
-        chance: accuracy of guessing: the mean of 1 / choices.
+        chance: accuracy without looking: the mean of 1 / choices, or that of one answer given always if it is higher.
     """
 
     right: Tensor
@@ -165,8 +169,17 @@ def _answers(name: str, result: Mapping[str, Any], task: str) -> Answers:
     if not samples or not {"acc", "acc_norm"} & samples[0].keys():
         raise FactorMixError(f"task {name!r} has no right and wrong answers; for a text's perplexity use --text FILE.")
     right = [each.get("acc_norm", each.get("acc")) for each in samples]
-    chance = sum(1 / len(each["resps"]) for each in samples) / len(samples)
-    return Answers(torch.tensor(right, dtype=torch.float32), chance)
+    guessing = sum(1 / len(each["resps"]) for each in samples) / len(samples)
+    return Answers(torch.tensor(right, dtype=torch.float32), max(guessing, _one_answer(samples)))
+
+
+def _one_answer(samples: Sequence[Mapping[str, Any]]) -> float:
+    """Accuracy of always giving the answer that is right most often ("true", of claims that are mostly true)."""
+    numbers = [each["target"] for each in samples]
+    if not all(isinstance(number, int) for number in numbers):
+        return 0.0
+    texts = Counter(each["arguments"][number][-1] for each, number in zip(samples, numbers))
+    return texts.most_common(1)[0][1] / len(samples)
 
 
 def _leaves(result: Mapping[str, Any], task: str) -> list[str]:

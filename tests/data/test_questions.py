@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from factormix.data.assets import source_of
+from factormix.data.convert_bigbench import CHOICE_TASKS, convert_choices
 from factormix.data.convert_questions import _split, convert_mmlu, convert_reuters
 from factormix.data.labelled import read_labelled
 from factormix.data.questions import from_labels, next_sentences
@@ -67,6 +68,20 @@ def test_conversions(tmp_path):
     asked = read_labelled(tmp_path / "mmlu-dev.jsonl", kind="multiple-choice")
     assert (asked.texts, asked.choices, asked.labels) == (["Find x (A)."], [["0", "3", "a", "30"]], [2])
     assert _split("Which? (A) one two (B) b (C) c (D) d e") == ("Which?", ["one two", "b", "c", "d e"])
+
+
+def test_bigbench_questions_have_one_right_choice(tmp_path):
+    for task in CHOICE_TASKS.values():
+        folder = tmp_path / "benchmark_tasks" / task
+        folder.mkdir(parents=True)
+        examples = [
+            {"input": "Which? ", "target_scores": {"a": 0, "b": 1, "c": 0}},
+            {"input": "Both?", "target_scores": {"a": 1, "b": 1}},
+        ]
+        (folder / "task.json").write_text(json.dumps({"examples": examples}), encoding="utf-8")
+    convert_choices([tmp_path], tmp_path)
+    asked = read_labelled(tmp_path / "wikihow-goal.jsonl", kind="multiple-choice")
+    assert (asked.texts, asked.choices, asked.labels) == (["Which?"], [["a", "b", "c"]], [1])
 
 
 def test_parts_of_one_collection_have_one_source():

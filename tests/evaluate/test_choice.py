@@ -72,5 +72,10 @@ def test_the_harness_answers_as_the_log_likelihood_says(questions, tmp_path):
     best = [max(range(3), key=lambda i: likelihood(q["text"], q["choices"][i])) for q in QUESTIONS]
     right = sum(b == q["label"] for b, q in zip(best, QUESTIONS))
     assert found.right.sum() == right
+    skewed = tmp_path / "skewed.jsonl"
+    lines = [{"text": f"w{i}", "choices": ["w3", "w4"], "label": int(i < 3)} for i in range(12)]
+    skewed.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    found = answer_tasks({"one": model}, tokenizer, [str(skewed)])["one"][str(skewed)]
+    assert found.chance == pytest.approx(9 / 12)  # of always saying w3
     with pytest.raises(FactorMixError, match="unknown task 'helaswag'"):
         answer_tasks({"one": model}, tokenizer, ["helaswag"])
