@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,12 +24,14 @@ from factormix.cli.inspect import inspect
 from factormix.cli.merge import merge
 from factormix.cli.predict import predict
 from factormix.cli.show import show
+from factormix.cli.sweep import sweep
 from factormix.cli.validate import validate
 from factormix.run.errors import FactorMixError
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "factor": factor,
     "eval": evaluate,
+    "sweep": sweep,
     "generate": generate,
     "bench": bench,
     "export": export,
@@ -83,4 +86,5 @@ for _name, _command in COMMANDS.items():
 
 def main() -> None:
     """The `factormix` console script."""
+    warnings.simplefilter("ignore", FutureWarning)  # libraries' notes to their developers, not to those who run them
     app()

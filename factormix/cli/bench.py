@@ -8,7 +8,7 @@ import torch
 import typer
 
 from factormix.cli import options
-from factormix.cli.models import locate, locate_text, open_model, open_tokenizer
+from factormix.cli.models import locate, locate_text, open_adapted, open_model, open_tokenizer
 from factormix.data.text import read_documents
 from factormix.evaluate.speed import DTYPES, Bench
 from factormix.evaluate.speed import bench as measure
@@ -21,6 +21,9 @@ TEXT_CHARACTERS = 50_000  # of --text, tokenised for prompts
 def bench(
     model: options.Model,
     against: options.Against = None,
+    adapter: options.Adapter = None,
+    gate: options.Gate = None,
+    mix: options.Mix = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", help="decode batch; repeat for more [1]")] = None,
     prefill: Annotated[list[int] | None, typer.Option("--prefill", help="prompt length; repeat for more [512]")] = None,
     decode: Annotated[bool, typer.Option("--decode/--no-decode", help="time decoding; encoders cannot")] = True,
@@ -44,7 +47,7 @@ def bench(
     if text:
         texts = "\n".join(read_documents([str(path) for path in locate_text(text, quiet)]).texts)[:TEXT_CHARACTERS]
         ids = torch.tensor(open_tokenizer(source)(texts, add_special_tokens=False)["input_ids"])
-    sparse = open_model(source, dtypes[0], device)
+    sparse = open_adapted(source, adapter or (), gate, mix, dtypes[0], device)
     dense = None if base_source is None else open_model(base_source, dtypes[0], device)
     batches = tuple(batch or (1,)) if decode else ()
     if batches and not sparse.can_generate():

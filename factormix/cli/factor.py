@@ -30,7 +30,7 @@ from factormix.cli.recipe import Recipe, merged
 from factormix.cli.training import result_json
 from factormix.evaluate.cost import parameters_per_token
 from factormix.factor.advice import export_advice
-from factormix.factor.config import FactorConfig
+from factormix.factor.config import PRESETS, FactorConfig
 from factormix.factor.factorize import factorize, work_directory
 from factormix.ffn.cost import inspect_model
 from factormix.nn import SparseFFN
@@ -51,7 +51,12 @@ def factor(
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="OUT", help="the directory to write")] = None,
     recipe: options.RecipeFile = None,
     preset: Annotated[
-        str | None, typer.Option("--preset", help="default: chosen by measurement; paper: FactorLLM as released")
+        str | None,
+        typer.Option(
+            "--preset",
+            metavar="|".join(PRESETS),
+            help="default: chosen by measurement; paper: FactorLLM as released; the others: methods to compare with",
+        ),
     ] = None,
     text: options.Text = None,
     heal_text: Annotated[

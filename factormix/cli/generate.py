@@ -17,6 +17,7 @@ def generate(
     model: options.Model,
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="what to answer or continue")],
     adapter: options.Adapter = None,
+    gate: options.Gate = None,
     mix: options.Mix = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="at most so many")] = 64,
     chat: Annotated[bool, typer.Option("--chat/--no-chat", help="use the tokenizer's chat template, if any")] = True,
@@ -30,7 +31,7 @@ def generate(
     options.check_json(json)
     source = locate(model, quiet)
     tokenizer = open_tokenizer(source)
-    opened = open_adapted(source, adapter or (), mix, dtype, device, device_map)
+    opened = open_adapted(source, adapter or (), gate, mix, dtype, device, device_map)
     said = answer(opened, tokenizer, prompt, max_new_tokens, chat)
     options.put_json(json, {"schema_version": SCHEMA_VERSION, "prompt": prompt, "answer": said})
     typer.echo(said)

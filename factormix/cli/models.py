@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from factormix import checkpoint
 from factormix.data.assets import ASSETS, fetch
 from factormix.data.text import read_documents
+from factormix.ffn.cost import empty_model
 from factormix.run.directory import sha256
 from factormix.run.errors import FactorMixError, choose, nearest
 
@@ -116,6 +117,13 @@ def read_config(source: Source) -> PretrainedConfig:
     return config
 
 
+def empty(config: PretrainedConfig) -> PreTrainedModel:
+    """The model of a config without weights, to plan on; a factored one in its own class."""
+    if isinstance(config, checkpoint.FactorMixConfig):
+        return checkpoint.empty(config)
+    return empty_model(config)
+
+
 def check_compute(dtype: str, name: str) -> torch.device:
     """The device called `name`; refuses one that is not here, and a dtype that cannot be."""
     choose("dtype", dtype, DTYPES)
@@ -163,35 +171,39 @@ def by_name(option: str, folders: Sequence[str]) -> dict[str, Path]:
 def open_adapted(
     source: Source,
     adapters: Sequence[str],
+    gate: Path | None = None,
     mix: Path | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     device_map: str | None = None,
 ) -> PreTrainedModel:
-    """`open_model` with domain adapters beside its FFNs, all of them active; or with all of a stage-2 directory.
+    """`open_model` with domain adapters beside its FFNs, all of them active, and gates over them; or with all of a
+    stage-2 directory.
 
     Raises:
         FactorMixError: as `open_model`; no MixDA adapter there, two of one name, or one made for another model;
-            adapters beside a stage-2 directory, which names its own; a prefix, which is no part of the model.
+            gates over other adapters; either beside a stage-2 directory, which names its own; a prefix, which is no
+            part of the model.
     """
     if mix is not None:
-        return _open_mixed(source, adapters, mix, dtype, device, device_map)
+        if adapters or gate is not None:
+            given = f"--adapter {list(adapters)}" if adapters else f"--gate {str(gate)!r}"
+            raise FactorMixError(f"{given} beside --mix: {str(mix)!r} names its own adapters and gates. Give one.")
+        return _open_mixed(source, mix, dtype, device, device_map)
+    if gate is not None and not adapters:
+        raise FactorMixError(f"--gate {str(gate)!r} needs the adapters it weighs: give --adapter DIR, in its order.")
     folders = by_name("--adapter", adapters)
     model = open_model(source, dtype, device, device_map)
     if adapters:
-        from factormix.mix.adapter_files import load_adapters  # imports PEFT, which most commands do without
+        from factormix.mix.gate_files import open_adapters  # imports PEFT, which most commands do without
 
-        load_adapters(model, folders)
+        open_adapters(model, folders, gate)
     return model.eval()
 
 
-def _open_mixed(
-    source: Source, adapters: Sequence[str], mix: Path, dtype: str, device: str, device_map: str | None
-) -> PreTrainedModel:
+def _open_mixed(source: Source, mix: Path, dtype: str, device: str, device_map: str | None) -> PreTrainedModel:
     from factormix.mix.load import load_mix, read_task  # imports PEFT
 
-    if adapters:
-        raise FactorMixError(f"--adapter {list(adapters)} beside --mix: {str(mix)!r} names its own adapters. Give one.")
     values = read_task(mix)
     if values["task_adapter"]["kind"] == "prefix":
         raise FactorMixError(f"{str(mix)!r} has a prefix, which only `factormix predict` puts before the text.")

@@ -30,6 +30,10 @@ Adapter = Annotated[
     list[str] | None,
     typer.Option("--adapter", metavar="DIR", help="a domain adapter beside MODEL's FFNs; repeat for more"),
 ]
+Gate = Annotated[
+    Path | None,
+    typer.Option("--gate", metavar="DIR", help="the gate/ of a stage-2 directory, over the --adapter given, in order"),
+]
 Mix = Annotated[
     Path | None,
     typer.Option("--mix", metavar="DIR", help="all that `factormix adapt` wrote: adapters, gates, task adapter"),

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from factormix.factor.config import FactorConfig
+from factormix.factor.config import PRESETS, FactorConfig
 from factormix.mix.adapt_config import AdaptConfig
 from factormix.mix.config import InjectConfig
 from factormix.run.config import Config, describe, option
@@ -64,7 +64,7 @@ class _Recipe(Config):
         if path is None:
             return cls.build(flags)
         try:
-            return cls.build(merged(_read(path), flags))
+            return cls.build(merged(read_yaml(path), flags))
         except FactorMixError as error:
             raise FactorMixError(f"recipe {str(path)!r}: {error}") from error
 
@@ -82,7 +82,7 @@ class Recipe(_Recipe):
     out: str | None = option(None, help="the directory to write")
     text: list[str] = option([], help="calibration text")
     heal_text: list[str] = option([], help="text for healing; the calibration text by default")
-    preset: str = option("default", help="what the options left open are", choices=("default", "paper"))
+    preset: str = option("default", help="what the options left open are", choices=tuple(PRESETS))
     config: FactorConfig = option(FactorConfig, help="the other keys of a recipe, at its top level")
 
     @classmethod
@@ -120,6 +120,23 @@ class AdaptRecipe(_Recipe):
     config: AdaptConfig = option(AdaptConfig, help="the other keys of a recipe, at its top level")
 
 
+def open_any(path: Path) -> tuple[str, Recipe | InjectRecipe | AdaptRecipe]:
+    """A recipe of any command, and which command it is for: its own keys tell.
+
+    Raises:
+        FactorMixError: no YAML, an unknown key, a value that cannot be.
+    """
+    try:
+        keys = read_yaml(path).keys()
+    except FactorMixError as error:
+        raise FactorMixError(f"recipe {str(path)!r}: {error}") from error
+    if keys & {"domain", "knowledge", "retain"}:
+        return "inject", InjectRecipe.open(path, {})
+    if keys & {"domains", "task"}:
+        return "adapt", AdaptRecipe.open(path, {})
+    return "factor", Recipe.open(path, {})
+
+
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the values of `over`, mapping by mapping."""
     out = dict(base)
@@ -129,7 +146,12 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping at the top of a YAML file; empty for an empty file.
+
+    Raises:
+        FactorMixError: it cannot be read, or is something else.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from factormix.cli import options
-from factormix.cli.models import locate, locate_text, open_model, open_tokenizer
+from factormix.cli.models import locate, locate_text, open_adapted, open_tokenizer
 from factormix.data.text import read_documents
 from factormix.run.errors import FactorMixError
 from factormix.show.page import check_page, write_page
@@ -23,6 +23,9 @@ def show(
     model: options.Model,
     out: Out,
     text: options.Text = None,
+    adapter: options.Adapter = None,
+    gate: options.Gate = None,
+    mix: options.Mix = None,
     tokens: Tokens = 512,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
@@ -39,7 +42,8 @@ def show(
     texts = [read_documents(path) for path in locate_text(text, quiet)]
     source = locate(model, quiet)
     tokenizer = open_tokenizer(source)
-    found = trace(open_model(source, dtype, device, device_map), tokenizer, texts, tokens, quiet)
+    opened = open_adapted(source, adapter or (), gate, mix, dtype, device, device_map)
+    found = trace(opened, tokenizer, texts, tokens, quiet)
     write_page(found, out, f"{Path(model).name} reads {', '.join(each.name for each in texts)}", overwrite)
     options.put_json(json, summarise(found))
     kinds = " and ".join(dict.fromkeys(site.kind for site in found.sites))

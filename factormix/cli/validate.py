@@ -1,4 +1,4 @@
-"""`factormix validate`: check a recipe and show what it means, before anything is computed."""
+"""`factormix validate`: check a recipe of any command and show what it means, before anything is computed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 
 from factormix.cli import options
 from factormix.cli.inspect import dense_config
-from factormix.cli.models import locate, read_config
+from factormix.cli.models import by_name, empty, locate, read_config
 from factormix.cli.plan import describe_layout
-from factormix.cli.recipe import Recipe
+from factormix.cli.recipe import AdaptRecipe, InjectRecipe, Recipe, open_any
 from factormix.factor.advice import export_advice
 from factormix.ffn.cost import inspect_model
 from factormix.run.progress import say
@@ -21,23 +21,49 @@ SCHEMA_VERSION = 1
 
 
 def validate(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file for factor, inject or adapt")],
     model: Annotated[
-        str | None, typer.Option("--model", help="check the layout against this model rather than the recipe's")
+        str | None, typer.Option("--model", help="check the recipe against this model rather than its own")
     ] = None,
     quiet: options.Quiet = False,
     json: options.Json = None,
 ) -> None:
-    """Print RECIPE with everything it leaves open filled in and, where it names a model, the layout's arithmetic."""
+    """Print RECIPE with everything it leaves open filled in and, where it names a model, what it comes to there.
+
+    Its keys tell which command it is for: inject has `domain`, `knowledge` and `retain`, adapt `task`.
+    """
     options.check_json(json)
-    resolved = Recipe.open(recipe, {})
+    command, resolved = open_any(recipe)
     name = model or resolved.model
     lines = [yaml.safe_dump(resolved.flat(), sort_keys=False, allow_unicode=True).rstrip()]
+    lines += ["", f"# for factormix {command}"]  # stdout stays a recipe
     if name is not None:
-        found = inspect_model(dense_config(read_config(locate(name, quiet))))
-        lines += ["", *(f"# {line}" for line in describe_layout(found, resolved.config))]  # stdout stays a recipe
-        advice = export_advice(resolved.config.cut, (group.inner for group in found.groups))
+        lines += [f"# {line}" for line in _meaning(resolved, name, quiet)]
+    options.put_json(json, {"schema_version": SCHEMA_VERSION, "command": command, "recipe": resolved.flat()})
+    typer.echo("\n".join(lines))
+
+
+def _meaning(recipe: Recipe | InjectRecipe | AdaptRecipe, name: str, quiet: bool) -> list[str]:
+    """What a recipe comes to on a model; nothing of the model but its config is read."""
+    source = locate(name, quiet)
+    if isinstance(recipe, Recipe):
+        found = inspect_model(dense_config(read_config(source)))
+        advice = export_advice(recipe.config.cut, (group.inner for group in found.groups))
         if advice:
             say(f"note: {advice}", quiet)
-    options.put_json(json, {"schema_version": SCHEMA_VERSION, "recipe": resolved.flat()})
-    typer.echo("\n".join(lines))
+        return describe_layout(found, recipe.config)
+    if isinstance(recipe, InjectRecipe):
+        from factormix.mix.stage1 import plan  # imports PEFT, which factor's recipes do without
+
+        return [str(plan(empty(read_config(source)), recipe.config))]
+    from factormix.mix.adapter_files import check_shapes, read_adapter_config  # imports PEFT
+    from factormix.mix.sizes import sites_of
+
+    sites, lines = sites_of(empty(read_config(source))), []
+    for domain, folder in by_name("domains", recipe.domains).items():
+        config = read_adapter_config(folder)
+        beside = check_shapes(config, sites, folder)
+        lines.append(
+            f"{domain}: {config.form} of width {config.width} at sites {', '.join(str(s.index) for s in beside)}"
+        )
+    return lines or ["no domains"]

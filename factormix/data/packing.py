@@ -2,7 +2,7 @@
 
 Run it::
 
-    packed = pack(documents.texts, tokenizer, window=512, tokens=16_384)
+    packed = pack(documents.plain(tokenizer), tokenizer, window=512, tokens=16_384)
     packed.input_ids                  # (32, 512)
     packed.scored                     # (32, 512) True where the token is text
 

@@ -6,15 +6,16 @@ Run it::
     documents.texts[0]                # plain text
     str(documents)                    # "brown-dev: 50 text documents, 567,000 characters"
 
-A .jsonl file is one of three kinds, found from its first line and the same on every line:
+A .jsonl file is one of four kinds, found from its first line and the same on every line:
 
-==========  ==========================================  =============================
-kind        keys                                        used as plain text
-==========  ==========================================  =============================
-text        ``{"text": str}``                           the text
-labelled    ``{"text": str, "label": str or int}``      the text
-knowledge   ``{"prompt": str, "targets": [str, ...]}``  the prompt with its first target
-==========  ==========================================  =============================
+==========  ===================================================  ==============================
+kind        keys                                                 used as plain text
+==========  ===================================================  ==============================
+text        ``{"text": str}``                                    the text
+labelled    ``{"text": str, "label": str or int}``               the text
+knowledge   ``{"prompt": str, "targets": [str, ...]}``           the prompt with its first target
+chat        ``{"messages": [{"role": str, "content": str} ...]}``  see `Documents.plain`
+==========  ===================================================  ==============================
 
 In a knowledge prompt ``{}`` marks where the target goes; without it, the target follows the prompt after a space.
 Other keys are kept in `Documents.records` and not used.
@@ -28,19 +29,23 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from factormix.run.errors import FactorMixError, nearest
 
-Kind = Literal["text", "labelled", "knowledge"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Kind = Literal["text", "labelled", "knowledge", "chat"]
 
 _SUFFIXES = (".txt", ".jsonl")
 _KEYS: dict[Kind, tuple[str, ...]] = {
     "knowledge": ("prompt", "targets"),
     "labelled": ("text", "label"),
     "text": ("text",),
+    "chat": ("messages",),
 }
-_NEEDED = 'a line holds {"text"}, {"text", "label"} or {"prompt", "targets"}'
+_NEEDED = 'a line holds {"text"}, {"text", "label"}, {"prompt", "targets"} or {"messages"}'
 
 
 @dataclass(frozen=True)
@@ -49,8 +54,8 @@ class Documents:
 
     Attributes:
         name: the file's stem, several joined by "+"; "text" for strings from Python.
-        kind: "text", "labelled" or "knowledge".
-        texts: one plain text a document, never empty.
+        kind: "text", "labelled", "knowledge" or "chat".
+        texts: one plain text a document, never empty; of a chat, its messages as ``role: content``.
         records: one dict a document, as read; ``{"text": ...}`` for a .txt file.
         sha256: of the file (what `sha256sum` prints); of several, or of strings, of all their hashes in order.
     """
@@ -63,6 +68,21 @@ class Documents:
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def plain(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The texts as a language model reads them: a chat in the tokenizer's own template, all others as they are.
+
+        Raises:
+            FactorMixError: a chat, and the tokenizer has no template, or its template refuses the messages.
+        """
+        if self.kind != "chat":
+            return self.texts
+        if not tokenizer.chat_template:
+            raise FactorMixError(
+                f"{self.name} holds chats, and {type(tokenizer).__name__} of this model has no chat template. Give "
+                "plain text, or the chat model's own tokenizer."
+            )
+        return [_chat(record["messages"], tokenizer, self.name) for record in self.records]
 
     def __str__(self) -> str:
         return f"{self.name}: {len(self):,} {self.kind} documents, {sum(map(len, self.texts)):,} characters"
@@ -181,6 +201,8 @@ def _kind(record: dict[str, Any], where: str) -> Kind:
 
 
 def _checked(record: dict[str, Any], kind: Kind, where: str) -> dict[str, Any]:
+    if kind == "chat":
+        return _checked_chat(record, where)
     key = "prompt" if kind == "knowledge" else "text"
     if not isinstance(record[key], str) or not record[key].strip():
         raise FactorMixError(f"{where}: {key!r} received {record[key]!r} and needs a non-empty string.")
@@ -196,7 +218,29 @@ def _checked(record: dict[str, Any], kind: Kind, where: str) -> dict[str, Any]:
     return record
 
 
+def _checked_chat(record: dict[str, Any], where: str) -> dict[str, Any]:
+    messages = record["messages"]
+    good = isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)
+    for key in ("role", "content"):
+        good = good and all(isinstance(message.get(key), str) and message[key].strip() for message in messages)
+    if not good:
+        raise FactorMixError(
+            f"{where}: 'messages' received {messages!r} and needs a list of objects with the strings role and content."
+        )
+    return record
+
+
+def _chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, name: str) -> str:
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template is a program of its own, and raises what it likes
+        raise FactorMixError(f"the chat template refuses {messages!r} of {name}: {error}") from error
+    return text.removeprefix(tokenizer.bos_token or "")  # windows begin with it anyhow
+
+
 def _plain(record: dict[str, Any], kind: Kind) -> str:
+    if kind == "chat":
+        return "\n".join(f"{message['role']}: {message['content']}" for message in record["messages"])
     if kind != "knowledge":
         return record["text"]
     prompt, target = record["prompt"], record["targets"][0]

@@ -111,6 +111,53 @@ def draw_perplexity(methods: Mapping[str, Row]) -> Any:
     return figure
 
 
+def draw_sweep(path: Path, varied: Sequence[str], rows: Sequence[Row]) -> bool:
+    """Lines: perplexity over the dense model's against the active fraction, a line for each setting of the grid's other
+    keys; in-domain and foreign text side by side. False, and nothing drawn, where matplotlib or numbers are missing.
+
+    Args:
+        path: the .png file to write.
+        varied: the grid's keys.
+        rows: as `factormix.evaluate.sweep_table.sweep_row` makes them.
+    """
+    panels = [("ratio_in_domain", "in-domain text"), ("ratio_foreign", "foreign text"), ("ratio_all", "all texts")]
+    known = [(key, title) for key, title in panels if any(row.get(key) is not None for row in rows)]
+    panels = known if len(known) < len(panels) else known[:2]
+    try:
+        matplotlib = _matplotlib()
+    except FactorMixError:
+        return False
+    if not panels:
+        return False
+    others = [key for key in varied if key != "layout"]
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(", ".join(f"{key} {row[key]}" for key in others) or "sweep", []).append(row)
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure(figsize=(1.5 + 4.6 * len(panels), 4.4))
+        for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+            for index, (name, of) in enumerate(lines.items()):
+                points = sorted((row["active_fraction"], row[key]) for row in of if row.get(key) is not None)
+                style = {"color": METHOD_COLOURS[index % len(METHOD_COLOURS)], "marker": "os^Dv"[index // 6 % 5]}
+                axes.plot(*zip(*points), label=name, linewidth=1.8, **style)
+            axes.axhline(1.0, color=GREY, linewidth=1.2, linestyle="--")
+            axes.set_yscale("log")
+            bottom, top = axes.get_ylim()
+            axes.set_yticks([t for t in (*_ROUND, 1.2, 1.5, 3.0) if bottom <= t <= top], minor=False)
+            axes.set_yticks([], minor=True)
+            axes.yaxis.set_major_formatter("{x:,g}")
+            axes.set_xlabel("active fraction of the FFN")
+            axes.set_ylabel("perplexity ÷ dense perplexity (log scale)")
+            axes.set_title(title)
+            axes.grid(axis="y")
+        figure.tight_layout()
+        if len(lines) > 1:
+            handles, labels = axes.get_legend_handles_labels()
+            figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.05, 0.0), ncols=2, fontsize=9)
+        figure.savefig(path, bbox_inches="tight", facecolor="white")
+    return True
+
+
 def draw_speed(bench: Row) -> Any:
     """Horizontal bars: speed over the dense model's; a black mark at the limit of each setting."""
     runs = [run for run in bench["runs"] if run["implementation"] != "dense" and run.get("ratio") is not None]

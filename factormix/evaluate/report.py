@@ -127,7 +127,43 @@ def _quality(methods: Mapping[str, Row], drawn: Mapping[str, str]) -> str:
     if agreement:
         lines += ["", "Agreement with the dense model, token by token:", ""]
         lines += _table(["method", "text", "same top token", "KL(dense || method), nats"], agreement)
-    return "\n".join([*lines, *_picture(drawn, "perplexity")])
+    return "\n".join([*lines, *_tasks(methods), *_picture(drawn, "perplexity")])
+
+
+def _tasks(methods: Mapping[str, Row]) -> list[str]:
+    """Accuracy by task, and the retention pooled over those that tell; nothing where no task was run."""
+    first = next(iter(methods.values())).get("tasks") or {}
+    if not first:
+        return []
+    rows = []
+    for name, entry in first.items():
+        cells = [_accuracy((of.get("tasks") or {}).get(name, {}), "model", "stderr") for of in methods.values()]
+        note = "" if entry.get("informative") is not False else " (not informative)"
+        rows.append(
+            [name + note, str(entry["n"]), f"{entry['chance']:.2f}", _accuracy(entry, "base", "base_stderr"), *cells]
+        )
+    for key, label in (("all", "retention"), ("choice", "retention, choice"), ("last_word", "retention, last words")):
+        kept = [(of.get("retention") or {}).get(key) for of in methods.values()]
+        if any(kept):
+            rows.append([label, "", "", "", *(_retained(each) for each in kept)])
+    return [
+        "",
+        "Accuracy ± standard error. Retention: summed accuracy over that of the dense model, with its 95 % interval "
+        "(paired bootstrap), over the tasks where the dense model is at least 5 standard errors above chance.",
+        "",
+        *_table(["task", "questions", "chance", "dense", *methods], rows),
+    ]
+
+
+def _accuracy(entry: Row, who: str, error: str) -> str:
+    return "–" if entry.get(who) is None else f"{entry[who]:.3f} ± {entry[error]:.3f}"
+
+
+def _retained(entry: Row | None) -> str:
+    if entry is None:
+        return "–"
+    low, high = entry["interval"]
+    return f"{100 * entry['retention']:.1f} % ({100 * low:.1f}–{100 * high:.1f})"
 
 
 def _ratio_cell(entry: Row) -> str:

@@ -10,17 +10,43 @@ that keeps what it was calibrated on and loses the rest looks fine until the two
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from factormix.data.packing import Packed
+from factormix.evaluate.choice import CORE_TASKS, LIMIT, answer_tasks
+from factormix.evaluate.last_word import Passage, last_words_for
 from factormix.evaluate.perplexity import TextScore, evaluate_text_for
+from factormix.evaluate.retention import TaskScore, pooled_retention
 from factormix.run.errors import FactorMixError, choose
 
 SCHEMA_VERSION = 1
+LAST_WORD_TOKENS = 20_480  # of all passages of a suite together
+_BASE = "dense base"  # no name of a model of ours
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What ``factormix eval --suite NAME`` runs; everything comes from assets.
+
+    Attributes:
+        texts: scored by perplexity and agreement.
+        prose: those whose passages ask for their last word.
+        tasks: multiple choice, see `factormix.evaluate.choice`.
+    """
+
+    texts: tuple[str, ...]
+    prose: tuple[str, ...]
+    tasks: tuple[str, ...] = ()
+
+
+_TEXTS = ("asset:brown-heldout", "asset:handbook-test", "asset:foldoc-test", "asset:pubmed-test")
+_PROSE = ("asset:brown-heldout", "asset:handbook-test", "asset:pubmed-test")
+SUITES = {"core": Suite(_TEXTS, _PROSE, CORE_TASKS), "text": Suite(_TEXTS, _PROSE)}
 
 
 @dataclass(frozen=True)
@@ -30,8 +56,12 @@ class Evaluation:
     texts: dict[str, TextScore]
     in_domain: tuple[str, ...] = ()
     """texts of the source the calibration came from; every other text is foreign"""
-    tasks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """``{task: {base, model, chance, n, stderr}}`` where a harness ran tasks beside"""
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
+    """answers by task: multiple choice, and last words as "last-word <stem>"; empty unless asked for"""
+    seed: int = 0
+    """of the bootstrap"""
+    recall: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """``{stem: {"base", "model": a RecallScore}}`` where facts were asked beside"""
 
     @property
     def foreign(self) -> tuple[str, ...]:
@@ -46,13 +76,23 @@ class Evaluation:
             return None
         return math.exp(sum(math.log(ratio) for ratio in known) / len(known))
 
+    def retention(self) -> dict[str, Any]:
+        """Pooled over all tasks, and over those of each kind; None where none counts."""
+        groups: dict[str, dict[str, TaskScore]] = {"all": self.tasks}
+        for key, kind in (("choice", "choice"), ("last_word", "last-word")):
+            groups[key] = {name: task for name, task in self.tasks.items() if task.kind == kind}
+        pooled = {key: pooled_retention(tasks, self.seed) for key, tasks in groups.items()}
+        return {key: None if each is None else each.to_dict() for key, each in pooled.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON of ``factormix eval``, as docs/json.md has it."""
         return {
             "schema_version": SCHEMA_VERSION,
             "perplexity": {stem: score.perplexity_dict() for stem, score in self.texts.items()},
             "agreement": {stem: score.agreement_dict() for stem, score in self.texts.items()},
-            "tasks": self.tasks,
+            "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
+            "retention": self.retention(),
+            "recall": self.recall,
             "in_domain": list(self.in_domain),
             "foreign": list(self.foreign),
             "mean_ratio": {
@@ -97,8 +137,12 @@ def evaluate_for(
     batch_size: int | None = None,
     seed: int = 0,
     quiet: bool = True,
+    tasks: Mapping[str, Mapping[str, TaskScore]] | None = None,
 ) -> dict[str, Evaluation]:
-    """`evaluate` for several models by name (FactorMix beside its baselines); the base runs once for all of them."""
+    """`evaluate` for several models by name (FactorMix beside its baselines); the base runs once for all of them.
+
+    `tasks` are what `answer_for` gave.
+    """
     if not texts:
         raise FactorMixError("no text to evaluate on: give at least one.")
     for stem in in_domain:
@@ -107,4 +151,50 @@ def evaluate_for(
     for stem, packed in texts.items():
         for name, score in evaluate_text_for(models, packed, base, batch_size, seed, quiet).items():
             scores[name][stem] = score
-    return {name: Evaluation(of_model, tuple(in_domain)) for name, of_model in scores.items()}
+    answered = tasks or {}
+    return {
+        name: Evaluation(of_model, tuple(in_domain), dict(answered.get(name, {})), seed)
+        for name, of_model in scores.items()
+    }
+
+
+def answer_for(
+    models: Mapping[str, nn.Module],
+    base: nn.Module | None,
+    passages: Mapping[str, Sequence[Passage]],
+    tasks: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    limit: int = LIMIT,
+    seed: int = 0,
+    quiet: bool = True,
+) -> dict[str, dict[str, TaskScore]]:
+    """Last words and multiple choice of several models by name, each beside the base's answers, which are got once.
+
+    Args:
+        models: causal language models.
+        base: the dense model they were made from, or None.
+        passages: of `last_word.cut_passages`, by the stem of their text.
+        tasks: names for `choice.answer_tasks`; they need `tokenizer`.
+        tokenizer: the models'.
+        limit: questions of a task, at most.
+        seed: of which questions are asked.
+        quiet: no progress line.
+    """
+    everyone = {**models} if base is None else {**models, _BASE: base}
+    answers: dict[str, tuple[str, float, dict[str, Tensor]]] = {}  # by task: kind, chance, who was right where
+    for stem, some in passages.items():
+        answers[f"last-word {stem}"] = ("last-word", 0.0, last_words_for(everyone, some, quiet))
+    if tasks:
+        assert tokenizer is not None
+        found = answer_tasks(everyone, tokenizer, tasks, limit, seed, quiet)
+        for name in tasks:
+            right = {who: found[who][name].right for who in everyone}
+            answers[name] = ("choice", next(iter(found.values()))[name].chance, right)
+    return {
+        who: {
+            name: TaskScore(kind, chance, right[who], right.get(_BASE))
+            for name, (kind, chance, right) in answers.items()
+        }
+        for who in models
+    }

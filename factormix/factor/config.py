@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from factormix.factor.partition import PARTITIONS, STATIC
+from factormix.factor.partition import PARTITIONS, ROUTED, STATIC
 from factormix.nn import Layout
 from factormix.run.config import Config, option
 from factormix.run.errors import FactorMixError, choose
@@ -58,6 +58,11 @@ class FactorConfig(Config):
         help="the router's loss towards the label: per expert, PA over K-hot/K, PA over soft gains, FactorLLM's",
         choices=("bce", "pa", "pa-soft", "paper"),
     )
+    router: str = option(
+        "linear",
+        help="form of the router; mlp (MoEfication) and neuron (CMoE, with that partition) are for comparison",
+        choices=("linear", "mlp", "neuron"),
+    )
     gate: str = option(
         "hard", help="chosen outputs times 1, E/K, or the score's sigmoid", choices=("hard", "paper", "soft")
     )
@@ -86,6 +91,16 @@ class FactorConfig(Config):
                 f"partition {self.partition!r} prunes and makes no experts; layout {layout} wants {layout.active}. "
                 f"Use S{layout.shared + layout.active}A0E{layout.slices}, or partition 'coactivation'."
             )
+        if self.partition in ROUTED and (layout.shared or not layout.active):
+            raise FactorMixError(
+                f"partition {self.partition!r} knows routed experts only; layout {layout} shares {layout.shared} and "
+                f"chooses {layout.active}. Use S0A{layout.shared + layout.active}E{layout.slices}, or the preset."
+            )
+        if self.router == "neuron" and self.partition != "cmoe":
+            raise FactorMixError(
+                f"router 'neuron' asks the neuron that stands for each expert, and partition {self.partition!r} names "
+                "none. Use partition 'cmoe', or router 'linear'."
+            )
         if self.gate == "paper" and layout.shared:
             raise FactorMixError(
                 f"gate 'paper' multiplies every output by E/K and knows no shared neurons; layout {layout} shares "
@@ -99,26 +114,47 @@ class FactorConfig(Config):
 
     @classmethod
     def preset(cls, name: str, layout: str | None = None, **options: Any) -> FactorConfig:
-        """`default`: chosen by measurement. `paper`: FactorLLM as released, its released defects aside.
+        """The recipe of a method, at the active fraction of `layout`: where it knows no shared neurons, S4A4E16 becomes
+        S0A8E16, and S8A0E16 where it knows no experts.
 
-        `paper` keeps the active fraction of `layout` without shared neurons: S4A4E16 becomes S0A8E16.
+        default      chosen by measurement
+        paper        FactorLLM as released, its released defects aside, its own healing losses
+        moefication  weight clusters and an MLP router (`partition.moefication`, `routers`)
+        cmoe         activation rates, clusters of patterns, a router of neurons (`partition.cmoe`)
+        flap, wanda  static pruning as published, without a layer fit (`partition.static`)
         """
-        choose("preset", name, ("default", "paper"))
+        choose("preset", name, PRESETS)
         cut = Layout.parse(layout or "S4A4E16")
-        if name == "default":
-            return cls.parse(str(cut), **options)
-        released = {
-            "layout": str(Layout(0, cut.shared + cut.active, cut.slices)),
-            "partition": "contiguous",
-            "label": "paper",
-            "router_loss": "paper",
-            "gate": "paper",
-            "layer_fit": False,
-        }
-        heal = HealConfig(kl=0.0, ce=1.0, pa=0.05, balance=0.01, lr=4e-5, router_lr=4e-5, weight_decay=1e-5)
-        return cls.from_dict({"heal": heal, **released, **options})
+        running, preset = cut.shared + cut.active, PRESETS[name]
+        if preset.experts == "routed":
+            cut = Layout(0, running, cut.slices)
+        elif preset.experts == "none":
+            cut = Layout(running, 0, cut.slices)
+        return cls.from_dict({"layout": str(cut), **preset.options, **options})
 
     @property
     def cut(self) -> Layout:
         """The layout, parsed."""
         return Layout.parse(self.layout)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a published method sets of FactorConfig; `experts`: which slices it knows ("shared and routed", "routed",
+    "none")."""
+
+    experts: str
+    options: dict[str, Any]
+
+
+_PAPER_HEAL = HealConfig(kl=0.0, ce=1.0, pa=0.05, balance=0.01, lr=4e-5, router_lr=4e-5, weight_decay=1e-5)
+_PAPER = {"partition": "contiguous", "label": "paper", "router_loss": "paper", "gate": "paper", "heal": _PAPER_HEAL}
+
+PRESETS: dict[str, Preset] = {
+    "default": Preset("shared and routed", {}),
+    "paper": Preset("routed", {**_PAPER, "layer_fit": False}),
+    "moefication": Preset("routed", {"partition": "moefication", "router": "mlp", "layer_fit": False}),
+    "cmoe": Preset("shared and routed", {"partition": "cmoe", "router": "neuron", "layer_fit": False}),
+    "flap": Preset("none", {"partition": "flap", "layer_fit": False}),
+    "wanda": Preset("none", {"partition": "wanda", "layer_fit": False}),
+}

@@ -135,7 +135,7 @@ def _factor_site(
 
 
 def _spec(site: FFNSite, config: FactorConfig) -> SparseSpec:
-    return sparse_spec(site, config.cut, config.gate, compensated=config.partition in COMPENSATED)
+    return sparse_spec(site, config.cut, config.gate, config.partition in COMPENSATED, config.router)
 
 
 def _inputs_of_every_use(model: PreTrainedModel, site: FFNSite, batches: list[dict[str, Tensor]]) -> Tensor:
@@ -180,8 +180,8 @@ def _packed(
         return text
     if tokenizer is None:
         tokenizer = _tokenizer_of(model)
-    documents = read_documents(text)
-    return pack(documents.texts, tokenizer, fitting(window, model.config), tokens, seed, wants_bos(tokenizer))
+    texts = read_documents(text).plain(tokenizer)
+    return pack(texts, tokenizer, fitting(window, model.config), tokens, seed, wants_bos(tokenizer))
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:

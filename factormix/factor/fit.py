@@ -23,7 +23,8 @@ from torch import Tensor
 from factormix.factor.config import FactorConfig
 from factormix.factor.labels import Labels, label, top_k_hot
 from factormix.factor.losses import router_loss
-from factormix.nn import SparseFFN
+from factormix.factor.routers import fit_mlp_router
+from factormix.nn import MLPRouter, NeuronRouter, SparseFFN
 from factormix.run.errors import FactorMixError
 from factormix.train import bf16_pays
 
@@ -75,7 +76,7 @@ def fit_site(ffn: SparseFFN, x: Tensor, target: Tensor, config: FactorConfig, re
     judged = (torch.randint(HELD_OUT, (len(x),), generator=generator) == 0).to(x.device)  # (T,)
     if ffn.router is not None:
         labels = label_tokens(ffn, x, target, config.label)
-        fit_router(ffn, x[~judged], _rows(labels, ~judged), config, generator)
+        _fit_any_router(ffn, x[~judged], _rows(labels, ~judged), config, generator)
         _report_routing(ffn, x[judged], _rows(labels, judged), report)
     report.error_before = relative_error(ffn, x[judged], target[judged])
     if config.layer_fit and ffn.spec.layout.active_fraction < 1:  # else it is the dense FFN
@@ -103,6 +104,15 @@ def label_tokens(ffn: SparseFFN, x: Tensor, target: Tensor, method: str) -> Labe
         chosen.append(found.chosen)
         gain.append(found.gain)
     return Labels(torch.cat(chosen), torch.cat(gain))
+
+
+def _fit_any_router(
+    ffn: SparseFFN, x: Tensor, labels: Labels, config: FactorConfig, generator: torch.Generator
+) -> None:
+    if isinstance(ffn.router, MLPRouter):
+        _refuse_nan(torch.tensor(fit_mlp_router(ffn, x, generator)), "the router's fit")
+    elif not isinstance(ffn.router, NeuronRouter):
+        fit_router(ffn, x, labels, config, generator)
 
 
 def fit_router(ffn: SparseFFN, x: Tensor, labels: Labels, config: FactorConfig, generator: torch.Generator) -> None:

@@ -26,12 +26,12 @@ from factormix.data.packing import Packed
 from factormix.factor.config import HealConfig
 from factormix.factor.fit import label_tokens
 from factormix.factor.lockstep import batches_of
-from factormix.factor.losses import distillation, hidden_distance, load_balance, router_loss
+from factormix.factor.losses import hidden_distance, load_balance, router_loss
 from factormix.ffn import FFNSite, find_sites, isolate
 from factormix.nn import FactorMixMixin, SparseFFN, vocabulary_head
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
-from factormix.train import LoopConfig, bf16_pays, train
+from factormix.train import LoopConfig, bf16_pays, distillation, train
 
 
 def heal(

@@ -65,15 +65,3 @@ def hidden_distance(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor
     """Mean over counted tokens of |h - h'|^2 / |h'|^2; states (B, L, H), counted (B, L) bool."""
     h, wanted = student[counted].float(), teacher[counted].float()  # (T, H) each
     return ((h - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)).mean()
-
-
-def distillation(student: Tensor, teacher: Tensor, scored: Tensor) -> Tensor:
-    """Mean over scored tokens of KL(teacher || student) of next-token distributions.
-
-    Args:
-        student, teacher: logits (B, L, V).
-        scored: (B, L) bool, the positions that count.
-    """
-    log_q = student[scored].float().log_softmax(-1)  # (T, V)
-    log_p = teacher[scored].float().log_softmax(-1)  # (T, V)
-    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()

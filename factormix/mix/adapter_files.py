@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from factormix.mix.peft_tuner import MixDAConfig, assert_trainable
+from factormix.ffn import FFNSite
+from factormix.mix.base_identity import check_base, identity_of
+from factormix.mix.masked_head import MaskedHead, save_head
+from factormix.mix.peft_tuner import MixDAConfig, MixDALayer, assert_trainable
 from factormix.run.directory import output_directory, write_json
 from factormix.run.errors import FactorMixError
 from factormix.run.tensors import read_tensors, write_tensors
@@ -39,6 +42,7 @@ def save_adapter(
     base: str | None = None,
     overwrite: bool = False,
     run: Mapping[str, Any] | None = None,
+    head: MaskedHead | None = None,
 ) -> None:
     """Write one adapter as PEFT's directory, adapter_config.json and adapter_model.safetensors at its top, atomically.
 
@@ -49,6 +53,7 @@ def save_adapter(
         base: how the reader will name the base model; recorded, not checked.
         overwrite: replace what is there.
         run: what made it, written as run.json.
+        head: that the adapter was trained under, where the base has none; written beside it.
 
     Raises:
         FactorMixError: an existing directory, a full disk.
@@ -57,9 +62,11 @@ def save_adapter(
     with output_directory(path, overwrite) as folder:
         model.peft_config[domain].save_pretrained(str(folder))
         values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        values |= {"base_model_name_or_path": base, "inference_mode": True}
+        values |= {"base_model_name_or_path": base, "inference_mode": True, "base_ffns": _base_ffns(model, domain)}
         write_json(folder / CONFIG, values)
         write_tensors(folder / WEIGHTS, tensors)
+        if head is not None:
+            save_head(head, folder)
         if run is not None:
             write_json(folder / "run.json", run)
 
@@ -71,6 +78,12 @@ def adapter_tensors(model: PeftModel, domain: str) -> dict[str, Tensor]:
     return {n.replace(mark, ".mixda_adapters."): tensor for n, tensor in model.state_dict().items() if mark in n}
 
 
+def _base_ffns(model: nn.Module, domain: str) -> str | None:
+    """The identity of the FFNs that have an adapter of this domain."""
+    layers = [m for m in model.modules() if isinstance(m, MixDALayer) and domain in m.mixda_adapters]
+    return identity_of([layer.base_layer for layer in layers])
+
+
 def load_adapters(model: PreTrainedModel, folders: Mapping[str, str | Path]) -> PeftModel:
     """Put saved adapters into a model, all active and frozen.
 
@@ -79,12 +92,12 @@ def load_adapters(model: PreTrainedModel, folders: Mapping[str, str | Path]) -> 
         folders: adapter directories by name.
 
     Raises:
-        FactorMixError: no MixDA adapter there, or one made for another model.
+        FactorMixError: no MixDA adapter there, one made for another model, or on another base of the same shapes.
     """
     adapted: PeftModel | None = None
     for name, folder in folders.items():
         check_domain(name)
-        read_adapter_config(folder)
+        recorded = read_adapter_config(folder).base_ffns
         saved = set(read_tensors(Path(folder) / WEIGHTS))
         try:
             if adapted is None:
@@ -101,11 +114,35 @@ def load_adapters(model: PreTrainedModel, folders: Mapping[str, str | Path]) -> 
                 f"{str(Path(folder) / WEIGHTS)!r} does not hold this adapter's tensors: missing "
                 f"{sorted(wanted - saved)[:3]}, unexpected {sorted(saved - wanted)[:3]}. Copy or make it anew."
             )
+        check_base(recorded, _base_ffns(adapted, name), folder)
     if adapted is None:
         raise FactorMixError("no adapter given.")
     cast(Any, adapted.base_model).set_adapter(list(folders))
     assert_trainable(adapted, set(), "after load")
     return adapted
+
+
+def check_shapes(config: MixDAConfig, sites: Sequence[FFNSite], folder: str | Path) -> list[FFNSite]:
+    """The sites of a model that an adapter stands beside, of which it needs nothing but the shapes.
+
+    Args:
+        config: of the adapter.
+        sites: all of the model's.
+        folder: of the adapter, for the message.
+
+    Raises:
+        FactorMixError: it was made for another model, or names no FFN.
+    """
+    found = []
+    for key, shapes in (config.sites or {}).items():
+        site = next((site for site in sites if site.index == int(key)), None)
+        if site is None or site.hidden != shapes["hidden"] or site.name not in (config.target_modules or ()):
+            here = "no such FFN" if site is None else f"hidden size {site.hidden} at {site.name}"
+            raise FactorMixError(f"adapter {str(folder)!r} was made for another model: its site {key} is here {here}.")
+        found.append(site)
+    if not found:
+        raise FactorMixError(f"adapter {str(folder)!r} names no FFN; the directory is damaged. Make it anew.")
+    return sorted(found, key=lambda site: site.index)
 
 
 def read_adapter_config(folder: str | Path) -> MixDAConfig:

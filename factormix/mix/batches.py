@@ -9,29 +9,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from factormix.data.facts import Fact, fact_of, padded
 from factormix.data.packing import Packed, pack, wants_bos
 from factormix.data.text import Documents, read_documents
-from factormix.run.errors import FactorMixError
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One sentence of structured knowledge.
-
-    Attributes:
-        ids: its tokens, with what the tokenizer puts around a text.
-        counted: True for the tokens of the object.
-    """
-
-    ids: list[int]
-    counted: list[bool]
 
 
 class Stage1Batches:
@@ -40,27 +26,50 @@ class Stage1Batches:
     Args:
         windows: unstructured knowledge, or None.
         facts: padded rows of structured knowledge, as `fact_rows` makes them.
-        general: windows of general text; micro-batch i is trained beside window i, or i modulo their number.
+        general: windows of general text.
         tokens: of one micro-batch.
+        length: micro-batches of the whole run; where it is more than there are different ones of knowledge, these
+            repeat, each time beside other general text.
+        old_every: one micro-batch in so many has general text beside it, and its L_S counts so many times.
+
+    Attributes:
+        distinct: micro-batches of knowledge that differ.
+        beside: the general window, by number, of each micro-batch that has one beside it: one after the other, of
+            documents in random order, unless something else is put here.
     """
 
     def __init__(
-        self, windows: Packed | None, facts: Sequence[dict[str, Tensor]], general: Packed, tokens: int
+        self,
+        windows: Packed | None,
+        facts: Sequence[dict[str, Tensor]],
+        general: Packed,
+        tokens: int,
+        length: int = 0,
+        old_every: int = 1,
     ) -> None:
         self.windows, self.facts, self.general, self.tokens = windows, facts, general, tokens
         self._texts = 0 if windows is None else len(windows)
+        self.distinct = self._texts + len(self.facts)
+        self.length, self.old_every = max(length, self.distinct), old_every
+        self.beside = [i % len(general) for i in range(-(-self.length // old_every))]
 
     def __len__(self) -> int:
-        return self._texts + len(self.facts)
+        return self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index % self.old_every:
+            return self.knowledge(index)
+        row = self.beside[index // self.old_every]
+        ids = self.general.input_ids[row : row + 1]  # (1, L')
+        general = {"general_ids": ids, "general_mask": torch.ones_like(ids)}
+        return {**self.knowledge(index), **general, "old_weight": torch.tensor(float(self.old_every))}
+
+    def knowledge(self, index: int) -> dict[str, Tensor]:
+        """A micro-batch without the general text beside it."""
+        index %= self.distinct
         if self.windows is not None and index < self._texts:
-            batch = window_batch(self.windows, index)
-        else:
-            batch = dict(self.facts[index - self._texts])
-        row = slice(index % len(self.general), index % len(self.general) + 1)
-        ids = self.general.input_ids[row]  # (1, L')
-        return {**batch, "general_ids": ids, "general_mask": torch.ones_like(ids)}
+            return window_batch(self.windows, index)
+        return dict(self.facts[index - self._texts])
 
 
 def stage1_batches(
@@ -71,6 +80,8 @@ def stage1_batches(
     window: int,
     tokens: int,
     seed: int,
+    general_tokens: int | None = None,
+    old_every: int = 4,
 ) -> Stage1Batches:
     """Read, tokenise and pack both texts.
 
@@ -79,49 +90,23 @@ def stage1_batches(
         general: files or documents of general text.
         tokenizer: the model's.
         window: L, of both.
-        tokens: most tokens of unstructured knowledge that are packed; text beyond is not tokenised.
+        tokens: of the run; text beyond is not tokenised, less is read again.
         seed: of the order of documents.
+        general_tokens: most tokens of general text that are packed; by default as many as of knowledge.
+        old_every: one micro-batch in so many has general text beside it.
 
     Raises:
         FactorMixError: as `read_documents` and `pack`; a fact without object tokens or longer than a window.
     """
     parts = [part if isinstance(part, Documents) else read_documents(part) for part in knowledge]
-    texts = [text for part in parts if part.kind != "knowledge" for text in part.texts]
+    texts = [text for part in parts if part.kind != "knowledge" for text in part.plain(tokenizer)]
     records = [record for part in parts if part.kind == "knowledge" for record in part.records]
     windows = pack_some(texts, tokenizer, window, tokens, seed) if texts else None
     facts = [fact_of(r["prompt"], target, tokenizer, window) for r in records for target in r["targets"]]
     rows = fact_rows(facts, window, tokenizer.pad_token_id or 0, seed)
-    packed = pack_some(read_documents(general).texts, tokenizer, window, tokens, seed + 1)
-    return Stage1Batches(windows, rows, packed, window)
-
-
-def fact_of(prompt: str, target: str, tokenizer: PreTrainedTokenizerBase, window: int) -> Fact:
-    """The prompt with its object in place of ``{}`` (or after it), and which tokens are the object's.
-
-    Raises:
-        FactorMixError: a slow tokenizer, which cannot say where a token lies in the text; a fact that is too long.
-    """
-    if not tokenizer.is_fast:
-        raise FactorMixError(
-            f"structured knowledge needs a fast tokenizer, to find the object's tokens; {type(tokenizer).__name__} is "
-            "slow. Write the knowledge as plain text instead."
-        )
-    before, found, after = prompt.partition("{}")
-    before = before if found else f"{prompt} "
-    start, end = len(before), len(before) + len(target)
-    coded = tokenizer(before + target + after, return_offsets_mapping=True)
-    ids, offsets = list(coded["input_ids"]), coded["offset_mapping"]
-    counted = [a < end and b > start and b > a for a, b in offsets]  # special tokens have a == b
-    if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id] and tokenizer.cls_token_id is None:
-        ids, counted = [tokenizer.bos_token_id, *ids], [False, *counted]  # as windows begin
-    if not any(counted) or len(ids) > window:
-        why = (
-            f"is {len(ids)} tokens, more than a window of {window}"
-            if len(ids) > window
-            else "gives its object no token"
-        )
-        raise FactorMixError(f"structured knowledge {before + target + after!r} {why}.")
-    return Fact(ids, counted)
+    retained = read_documents(general).plain(tokenizer)
+    packed = pack_some(retained, tokenizer, window, general_tokens or tokens, seed + 1)
+    return Stage1Batches(windows, rows, packed, window, tokens // window, old_every)
 
 
 def fact_rows(facts: Sequence[Fact], window: int, pad: int, seed: int) -> list[dict[str, Tensor]]:
@@ -139,18 +124,7 @@ def fact_rows(facts: Sequence[Fact], window: int, pad: int, seed: int) -> list[d
             groups.append([])
             longest = len(fact.ids)
         groups[-1].append(fact)
-    return [_padded(group, pad) for group in groups]
-
-
-def _padded(group: Sequence[Fact], pad: int) -> dict[str, Tensor]:
-    length = max(len(fact.ids) for fact in group)
-    missing = [length - len(fact.ids) for fact in group]
-    return {
-        "input_ids": torch.tensor([fact.ids + [pad] * m for fact, m in zip(group, missing)]),  # (B, L)
-        "attention_mask": torch.tensor([[1] * len(fact.ids) + [0] * m for fact, m in zip(group, missing)]),
-        "counted": torch.tensor([fact.counted + [False] * m for fact, m in zip(group, missing)]),
-        "structured": torch.tensor(True),
-    }
+    return [padded(group, pad) for group in groups]
 
 
 def pack_some(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, window: int, tokens: int, seed: int) -> Packed:

@@ -36,15 +36,32 @@ class InjectConfig(Config):
     )
     knowledge_weight: float = option(0.5, help="lambda, the weight of the knowledge loss L_K", minimum=0)
     old_knowledge: str = option(
-        "normalised",
-        help="the loss L_S that keeps old knowledge: relative to the FFN's output, as published, or left out",
-        choices=("normalised", "paper", "none"),
+        "distil",
+        help="the loss L_S that keeps old knowledge: KL from the base's outputs; at the FFNs' outputs, relative to "
+        "them or as published; or left out",
+        choices=("distil", "normalised", "paper", "none"),
+    )
+    old_every: int = option(
+        4, help="L_S is taken at one micro-batch in so many, with so many times the weight", minimum=1
     )
     mask: float = option(0.15, help="masked language models: share of a text's tokens to predict", minimum=0, maximum=1)
-    tokens: int = option(150_000, help="tokens of knowledge, padding included; as many general ones beside", minimum=1)
+    tokens: int = option(
+        150_000, help="tokens of knowledge, padding included; of general text, a part (see old_every)", minimum=1
+    )
+    head_tokens: int = option(
+        150_000,
+        help="encoders without a masked-LM head: tokens of general text that one is first trained on",
+        minimum=1,
+    )
+    retain_by: str = option(
+        "random",
+        help="general text beside each batch of knowledge: random, or the passages nearest to it (slower)",
+        choices=("random", "nearest"),
+    )
+    retriever: str = option("asset:minilm", help="the encoder that finds the nearest: a model as MODEL is named")
     window: int = option(512, help="tokens of a window", minimum=8)
-    batch_tokens: int = option(1024, help="tokens of knowledge in one optimiser step", minimum=1)
-    lr: float = option(1e-3, help="peak learning rate", minimum=0)
+    batch_tokens: int = option(512, help="tokens of knowledge in one optimiser step", minimum=1)
+    lr: float = option(5e-3, help="peak learning rate", minimum=0)
     warmup: float = option(0.1, help="fraction of the steps in which the learning rate rises", minimum=0, maximum=1)
     clip: float = option(1.0, help="gradient norm above which gradients are scaled down", minimum=0)
     weight_decay: float = option(0.05, help="AdamW's weight decay", minimum=0)
@@ -61,6 +78,8 @@ class InjectConfig(Config):
             raise FactorMixError("reads 'neurons' goes with form 'bottleneck'; form 'ffn' reads the FFN's input.")
         if self.knowledge_weight == 0:
             raise FactorMixError("knowledge_weight 0 trains nothing: L_S alone is 0 at the start and stays there.")
+        if self.retain_by == "nearest" and self.old_knowledge == "none":
+            raise FactorMixError("retain_by 'nearest' chooses the text of L_S, which old_knowledge 'none' leaves out.")
         if self.mask == 0:
             raise FactorMixError("mask 0 leaves no token to predict; the usual share is 0.15.")
 

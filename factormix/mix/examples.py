@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from factormix.data.facts import fact_of
 from factormix.data.labelled import Labelled, read_labelled
 from factormix.data.text import Documents, read_documents
-from factormix.mix.batches import fact_of, fact_rows, pack_some, window_batch
+from factormix.mix.batches import fact_rows, pack_some, window_batch
 from factormix.mix.task import Task
 from factormix.run.errors import FactorMixError
 
@@ -180,7 +181,7 @@ class LanguageBatches:
             facts = [fact_of(prompt, target, tokenizer, window) for prompt, target in pairs]
             self.rows = fact_rows(facts, window, tokenizer.pad_token_id or 0, seed)
         else:
-            packed = pack_some(documents.texts, tokenizer, window, tokens, seed)
+            packed = pack_some(documents.plain(tokenizer), tokenizer, window, tokens, seed)
             self.rows = [window_batch(packed, i) for i in range(len(packed))]
         self.tokens = window
         self.steps_per_epoch = len(self.rows)

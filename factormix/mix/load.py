@@ -70,7 +70,7 @@ def save_mix(
     with output_directory(path, overwrite) as folder:
         if mix.gates:
             (folder / GATE).mkdir()
-            save_gates(mix, domains, folder / GATE)
+            save_gates(mix.gates, domains, folder / GATE)
         if mix.task_adapter.spec.kind != "none":
             (folder / TASK_ADAPTER).mkdir()
             _save_task_adapter(mix, folder / TASK_ADAPTER)
@@ -153,7 +153,7 @@ def load_mix(
     task, spec = task_in(values), TaskAdapterSpec(**values["task_adapter"])
     mix = MixModel(model, folders, spec, task.outputs, task.pooling, **start)
     if mix.gates:
-        fill_gates(mix, folder / GATE)
+        fill_gates(mix.gates, folder / GATE)
     if spec.kind != "none":
         mix.task_adapter.fill(read_tensors(folder / TASK_ADAPTER / _adapter_files(spec.kind)[1]))
     if mix.head is not None:

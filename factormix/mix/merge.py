@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from factormix.ffn import FFNSite, FFNWeights, get, set_inner, swap, widen
-from factormix.mix.adapter_files import WEIGHTS, read_adapter_config
+from factormix.mix.adapter_files import WEIGHTS, check_shapes, read_adapter_config
+from factormix.mix.base_identity import check_base, identity_at
 from factormix.mix.sizes import ALIGN, sites_of
 from factormix.nn import DomainAdapterSpec, FactorMixMixin, SparseFFN, SparseSpec
 from factormix.run.errors import FactorMixError
@@ -60,12 +61,15 @@ def merge_adapters(model: PreTrainedModel, adapters: Sequence[tuple[str | Path, 
         adapters: (directory, fixed weight w).
 
     Raises:
-        FactorMixError: an adapter of another model, or one that does not merge exactly, with the reason.
+        FactorMixError: an adapter of another model, one made on another base of the same shapes, or one that does not
+            merge exactly, with the reason.
     """
     sites = {site.index: site for site in sites_of(model)}
     parts: dict[int, list[FFNWeights]] = {}
     for folder, weight in adapters:
-        for index, of_adapter in read_neurons(folder, weight, sites).items():
+        found = read_neurons(folder, weight, list(sites.values()))
+        check_base(read_adapter_config(folder).base_ffns, identity_at(model, [sites[i] for i in found]), folder)
+        for index, of_adapter in found.items():
             parts.setdefault(index, []).append(of_adapter)
     extra = {sites[index]: _joined(of_site) for index, of_site in sorted(parts.items())}
     before = model.num_parameters()
@@ -85,7 +89,7 @@ def merge_adapters(model: PreTrainedModel, adapters: Sequence[tuple[str | Path, 
     )
 
 
-def read_neurons(folder: str | Path, weight: float, sites: Mapping[int, FFNSite]) -> dict[int, FFNWeights]:
+def read_neurons(folder: str | Path, weight: float, sites: Sequence[FFNSite]) -> dict[int, FFNWeights]:
     """The adapters of a directory as neurons of their FFNs, outputs times `weight`, by site index.
 
     Raises:
@@ -94,18 +98,13 @@ def read_neurons(folder: str | Path, weight: float, sites: Mapping[int, FFNSite]
     config = read_adapter_config(folder)
     tensors = read_tensors(Path(folder) / WEIGHTS)
     found: dict[int, FFNWeights] = {}
-    for key, shapes in (config.sites or {}).items():
-        spec, site = DomainAdapterSpec(**shapes), sites.get(int(key))
-        if site is None or site.hidden != spec.hidden or site.name not in (config.target_modules or ()):
-            here = "no such FFN" if site is None else f"hidden size {site.hidden} at {site.name}"
-            raise FactorMixError(f"adapter {str(folder)!r} was made for another model: its site {key} is here {here}.")
+    for site in check_shapes(config, sites, folder):
+        spec = DomainAdapterSpec(**(config.sites or {})[str(site.index)])
         if reason := why_not(spec, site):
             raise FactorMixError(f"adapter {str(folder)!r} does not merge exactly: {reason}.")
         mark = f"base_model.model.{site.name}.mixda_adapters."
         own = {name.removeprefix(mark): tensor for name, tensor in tensors.items() if name.startswith(mark)}
         found[site.index] = _as_neurons(own, spec, weight, folder)
-    if not found:
-        raise FactorMixError(f"adapter {str(folder)!r} names no FFN; the directory is damaged. Make it anew.")
     return found
 
 

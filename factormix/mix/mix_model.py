@@ -20,11 +20,13 @@ from transformers import PreTrainedModel
 
 from factormix.ffn import FFNSite
 from factormix.mix.adapter_files import load_adapters
+from factormix.mix.gate_files import put_gates
 from factormix.mix.losses import no_cache
 from factormix.mix.peft_task_adapters import LoraAdapter, PrefixAdapter
-from factormix.mix.peft_tuner import MixDALayer, assert_trainable, trainable_names
+from factormix.mix.peft_tuner import assert_trainable, domain_layer, trainable_names
 from factormix.mix.sizes import sites_of
 from factormix.mix.task_adapters import ACTIVATION, BottleneckAdapters, TaskAdapter, TaskAdapterSpec
+from factormix.mix.trained import hold_only_trained
 from factormix.nn import DomainGate
 from factormix.run.errors import FactorMixError
 
@@ -91,8 +93,9 @@ class MixModel(nn.Module):
             self.hf_device_map = model.hf_device_map
         peft = load_adapters(model, domains) if domains else None
         self.__dict__["peft"] = peft  # not registered: it holds the same model
-        self.layers = cast(dict[int, MixDALayer], {})
-        self._set_gates(sites, gate, start)
+        put_gates(model, sites, self.domains, gate, start)
+        layers = {site.index: domain_layer(model, site) for site in sites}
+        self.layers = {index: layer for index, layer in layers.items() if layer is not None}
         self.task_adapter = make_task_adapter(adapter, model, sites)
         device = model.device
         hidden = sites[0].hidden
@@ -105,23 +108,9 @@ class MixModel(nn.Module):
             raise FactorMixError(
                 "nothing to train: no domain, no task adapter and no head. Name a domain with --domains."
             )
-        self.register_state_dict_post_hook(_keep_trained)
-        self.register_load_state_dict_post_hook(_forgive_frozen)
+        hold_only_trained(self)
         self.set_trainable(False)
         self.eval()
-
-    def _set_gates(self, sites: Sequence[FFNSite], kind: str, start: str) -> None:
-        """A gate at every site that has an adapter, over the domains that have one there."""
-        for site in sites:
-            try:
-                layer = self.model.get_submodule(site.name)
-            except AttributeError:  # an FFN that is still spread over its layer
-                continue
-            if isinstance(layer, MixDALayer):
-                here = [domain for domain in self.domains if domain in layer.mixda_adapters]
-                gate = DomainGate(site.hidden, here, kind, start)  # type: ignore[arg-type]
-                layer.set_gate(gate.to(next(layer.base_layer.parameters()).device))
-                self.layers[site.index] = layer
 
     @property
     def device(self) -> torch.device:
@@ -263,15 +252,3 @@ def make_task_adapter(spec: TaskAdapterSpec, model: PreTrainedModel, sites: Sequ
     if spec.kind in ACTIVATION:
         return BottleneckAdapters(spec, model, sites)
     return LoraAdapter(spec, model, sites) if spec.kind == "lora" else PrefixAdapter(spec, model)
-
-
-def _keep_trained(module: nn.Module, state: dict[str, Tensor], prefix: str, _: Any) -> None:
-    """A checkpoint holds what trains: the rest is in the base's and the domains' own files."""
-    for name in list(state):
-        if name.removeprefix(prefix) not in cast(MixModel, module).trained:
-            del state[name]
-
-
-def _forgive_frozen(module: nn.Module, keys: Any) -> None:
-    """What `_keep_trained` left out is not missing."""
-    keys.missing_keys[:] = [name for name in keys.missing_keys if name in cast(MixModel, module).trained]

@@ -43,6 +43,9 @@ class MixDAConfig(PeftConfig):
     budget: float = field(default=0.004, metadata={"help": "parameters, as a share of the model's"})
     weight: float = field(default=1.0, metadata={"help": "fixed weight of the adapter where no gate decides"})
     sites: dict[str, dict[str, Any]] | None = field(default=None, metadata={"help": "shapes by site; filled in"})
+    base_ffns: str | None = field(
+        default=None, metadata={"help": "hash of the FFNs' own weights; filled in when saved"}
+    )
     target_modules: list[str] | None = field(default=None, metadata={"help": "paths of the FFNs; filled in"})
 
     def __post_init__(self) -> None:
@@ -169,6 +172,15 @@ def _first_difference(wanted: dict[str, Any], found: dict[str, Any]) -> tuple[st
     return (f"site {index} {wanted.get(index, 'without an adapter')}", f"{found.get(index, 'no such site')}")
 
 
+def domain_layer(model: nn.Module, site: FFNSite) -> MixDALayer | None:
+    """The FFN with domain adapters at a site, None where there are none."""
+    try:
+        layer = model.get_submodule(site.name)
+    except AttributeError:  # an FFN that is still spread over its layer
+        return None
+    return layer if isinstance(layer, MixDALayer) else None
+
+
 def trainable_names(model: nn.Module) -> set[str]:
     """Names of the parameters that take gradients."""
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -202,5 +214,6 @@ __all__ = [
     "MixDAModel",
     "adapter_names",
     "assert_trainable",
+    "domain_layer",
     "trainable_names",
 ]

@@ -17,6 +17,7 @@ from factormix.mix.adapter_files import check_domain
 from factormix.mix.batches import Stage1Batches
 from factormix.mix.config import InjectConfig
 from factormix.mix.losses import InjectionLoss
+from factormix.mix.masked_head import MaskedHead, mask_token, needs_head
 from factormix.mix.peft_tuner import MixDAConfig, adapter_names, assert_trainable
 from factormix.mix.sizes import Sizes, adapter_sizes, sites_of
 from factormix.nn import base_class, vocabulary_head
@@ -31,7 +32,8 @@ def plan(model: PreTrainedModel, config: InjectConfig) -> Sizes:
     Raises:
         FactorMixError: a model without a head to learn from, layers or a budget that cannot be.
     """
-    learns_by(model)
+    if not needs_head(model):
+        learns_by(model)
     parameters = sum(p.numel() for p in model.parameters())
     return adapter_sizes(
         sites_of(model), parameters,
@@ -62,17 +64,20 @@ def inject(
     config: InjectConfig,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    head: MaskedHead | None = None,
     work: WorkDirectory | None = None,
     quiet: bool = False,
 ) -> tuple[PeftModel, dict[str, Any]]:
     """Train one domain's adapter; every other parameter stays as it was, bit for bit.
 
     Args:
-        model: a dense or FactorMix model with a causal or masked language-modelling head; the adapters are put into it.
+        model: a dense or FactorMix model with a causal or masked language-modelling head, or an encoder beside `head`;
+            the adapters are put into it.
         domain: the adapter's name.
         batches: knowledge and general text.
         config: the recipe.
         tokenizer: for its mask token; needed by masked language models only.
+        head: of an encoder without a masked-LM head, from `masked_head.train_head`; it stays as it is.
         work: checkpoints go there, and a killed run goes on from the last one.
         quiet: no progress bar.
 
@@ -85,11 +90,12 @@ def inject(
     """
     check_domain(domain)
     sizes = plan(model, config)
-    mask = None
-    if learns_by(model) == "masked":
-        mask = None if tokenizer is None else tokenizer.mask_token_id
-        if mask is None:
-            raise FactorMixError(f"{type(model).__name__} learns by masked tokens; its tokenizer has no mask token.")
+    if head is None and needs_head(model):
+        raise FactorMixError(
+            f"{base_class(model).__name__} has no masked-LM head; train one first, with masked_head.train_head, and "
+            "give it as `head`."
+        )
+    mask = mask_token(model, tokenizer) if head is not None or learns_by(model) == "masked" else None
     torch.manual_seed(config.seed)  # the adapters' start
     peft_config = MixDAConfig(form=config.form, reads=config.source, layers=list(sizes.layers), width=sizes.width)
     adapted = cast(PeftModel, get_peft_model(model, peft_config, adapter_name=domain))
@@ -99,7 +105,7 @@ def inject(
     trained = adapter_names(adapted, domain)
     assert_trainable(adapted, trained, "after get_peft_model")
     loop = LoopConfig.of(config)
-    loss = InjectionLoss(model, domain, config, mask)
+    loss = InjectionLoss(model, domain, config, mask, None if head is None else head.logits)
     with tempfile.TemporaryDirectory() as scratch:
         folder = scratch if work is None else work.path / "stage1"
         rates = dict.fromkeys(trained, config.lr)

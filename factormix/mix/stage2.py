@@ -31,7 +31,7 @@ from factormix.mix.task import Task
 from factormix.mix.task_adapters import TaskAdapterSpec
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
-from factormix.train import LoopConfig, train
+from factormix.train import LoopConfig, bf16_pays, train
 
 TEXT_EVALUATIONS = 10  # of plain text, in one run; labelled text and prompts are scored after every epoch
 DEV_SHARE = 0.1  # of plain text's tokens, scored each time
@@ -130,10 +130,10 @@ def adapt(
         )
     mix.assert_trainable(True, "after training")
     mix.set_trainable(False)
-    best.restore(result.metrics["steps"])
+    dev_metrics = best.restore(result.metrics["steps"])
     done = asdict(result)
     done["metrics"] = {
-        "dev": best.metrics, "best_step": best.step, "examples": {"train": len(train_set), "dev": len(dev)},
+        "dev": dev_metrics, "best_step": best.step, "examples": {"train": len(train_set), "dev": len(dev)},
         "parameters": count_trained(mix), **result.metrics,
     }  # fmt: skip
     return mix, task, done
@@ -203,17 +203,20 @@ class _Best:
         self._consider(step)
 
     def _consider(self, step: int) -> None:
-        metrics = self.score()
+        device = self.mix.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16_pays(device)):  # as the steps were
+            metrics = self.score()
         if self.task.better(metrics, self.metrics):
             self.step, self.metrics, self.tensors = step, metrics, self.mix.trained_tensors()
             if self.work is not None and PartialState().is_main_process:
                 self.work.save("best", self.tensors, {"step": step, "metrics": metrics})
 
-    def restore(self, step: int) -> None:
-        """Put the best checkpoint into the model; `step` is where the run ended."""
+    def restore(self, step: int) -> dict[str, Any]:
+        """Put the best checkpoint into the model and score it in the model's dtype; `step` is where the run ended."""
         if self.metrics is None:  # --max-minutes ended it within the first epoch
             self._consider(step)
         self.mix.fill_trained(self.tensors)
+        return self.score()
 
 
 def count_trained(mix: MixModel) -> dict[str, int]:

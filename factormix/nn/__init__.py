@@ -5,7 +5,7 @@ from factormix.nn.domain_ffn import DomainFFN
 from factormix.nn.domain_gate import DomainGate
 from factormix.nn.layout import Layout
 from factormix.nn.model import FactorMixMixin, adopt, base_class, factormix_class, vocabulary_head
-from factormix.nn.router import Router
+from factormix.nn.router import MLPRouter, NeuronRouter, Router
 from factormix.nn.sparse_ffn import RoutedExperts, SharedNeurons, SparseFFN, SparseSpec
 
 __all__ = [
@@ -15,6 +15,8 @@ __all__ = [
     "DomainGate",
     "FactorMixMixin",
     "Layout",
+    "MLPRouter",
+    "NeuronRouter",
     "RoutedExperts",
     "Router",
     "SharedNeurons",

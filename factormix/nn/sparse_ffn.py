@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from factormix.experts import PackedExperts, native, run_experts
 from factormix.nn.layout import Layout
-from factormix.nn.router import Router
+from factormix.nn.router import RouterKind, make_router
 from factormix.run.errors import choose
 
 Gate = Literal["hard", "paper", "soft"]
@@ -33,6 +33,7 @@ class SparseSpec:
         gated: act(gate) * up, or act(up).
         up_bias, down_bias: whether the dense FFN had them.
         gate: "hard" (output times 1), "paper" (times E / K), "soft" (times the sigmoid of the score).
+        router: "linear", or the "mlp" and "neuron" of other methods (`factormix.nn.router`).
     """
 
     hidden: int
@@ -45,9 +46,11 @@ class SparseSpec:
     up_bias: bool = False
     down_bias: bool = False
     gate: Gate = "hard"
+    router: RouterKind = "linear"
 
     def __post_init__(self) -> None:
         choose("gate", self.gate, get_args(Gate))
+        choose("router", self.router, get_args(RouterKind))
 
     @property
     def layout(self) -> Layout:
@@ -139,7 +142,11 @@ class SparseFFN(nn.Module):
         self.spec = spec
         layout = spec.layout
         self.shared = SharedNeurons(spec) if layout.shared else None
-        self.router = Router(spec.hidden, layout.routed, layout.active) if layout.routed else None
+        self.router = (
+            make_router(spec.router, spec.hidden, layout.routed, layout.active, spec.activation, spec.gated)
+            if layout.routed
+            else None
+        )
         self.experts = RoutedExperts(spec) if layout.routed else None
         self.bias = nn.Parameter(torch.empty(spec.hidden)) if spec.down_bias else None
 

@@ -124,7 +124,7 @@ def trace(model: nn.Module, tokenizer: Any, texts: Sequence[Documents], tokens: 
     sources: list[str] = []
     whole = True
     for text in texts:
-        found, all_of_it = cut(text.texts, tokenizer, limit, tokens)
+        found, all_of_it = cut(text.plain(tokenizer), tokenizer, limit, tokens)
         windows += renumbered(found, len(names))
         read = found[-1].tokens[0].document + 1  # documents of this text
         names += [text.name if len(text) == 1 else f"{text.name} {number + 1}" for number in range(read)]

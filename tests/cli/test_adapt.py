@@ -86,7 +86,7 @@ def test_prompts(llama: Path, tmp_path: Path, adapters: str, run: Callable[..., 
     assert sum(line["prediction"] in line["targets"] for line in said) > 20
 
 
-def test_plain_text_gates_in_eval_and_generate(
+def test_gates_and_mixes_load_in_every_command(
     llama: Path, adapters: str, text: Path, run: Callable[..., str], refused: Callable[..., str]
 ) -> None:
     words = "--tokens 2000 --window 32 --lr 0.05 --quiet".split()
@@ -99,8 +99,23 @@ def test_plain_text_gates_in_eval_and_generate(
 
     first, *_ = adapters.split(",")
     assert len({perplexity(), perplexity("--mix", "out"), perplexity("--adapter", first)}) == 3
-    run("generate", llama, "w1 w2", "--mix", "out", "--max-new-tokens", "2", "--quiet")
+    parts = [word for folder in adapters.split(",") for word in ("--adapter", folder)]
+    gated = [*parts, "--gate", "out/gate"]
+    assert perplexity(*gated) == perplexity("--mix", "out") != perplexity(*parts)
+    for loaded in (["--mix", "out"], gated):
+        run("generate", llama, "w1 w2", *loaded, "--max-new-tokens", "2", "--quiet")
+        short = "--new-tokens 2 --repeats 1 --prefill 8 --quiet".split()
+        run("bench", llama, "--against", llama, *loaded, *short, "--json", "b.json")
+        runs = json.loads(Path("b.json").read_text())["runs"]
+        assert {r["limit"] < 1 for r in runs if r["implementation"] == "factormix"} == {True}  # there is more to read
+        run("show", llama, "--text", text, *loaded, "-o", "p.html", "--overwrite", "--quiet", "--json", "s.json")
+        (site,) = json.loads(Path("s.json").read_text())["sites"]
+        assert site["kind"] == "domains" and site["columns"] == ["pubmed", "reviews"]
     assert "names its own adapters" in refused(*score, "--mix", "out", "--adapter", first)
+    assert "names its own adapters" in refused(*score, "--mix", "out", "--gate", "out/gate")
+    assert "needs the adapters it weighs" in refused(*score, "--gate", "out/gate")
+    assert "in this order; received pubmed." in refused(*score, "--adapter", first, "--gate", "out/gate")
+    assert "has no gate.json" in refused(*score, *parts, "--gate", "out")
     assert "no task to predict" in refused("predict", "--mix", "out", "--input", "x.jsonl", "-o", "y.jsonl")
 
 

@@ -107,6 +107,31 @@ def test_eval(run: Run, sparse: Path, llama: Path, text: Path) -> None:
     assert read("a.json")["perplexity"]["words"]["model"] == pytest.approx(same, rel=1e-6)
 
 
+def test_eval_knows_what_calibrated_the_model_and_asks_last_words(
+    run: Run, sparse: Path, llama: Path, text: Path
+) -> None:
+    heldout = text.parent / "words-heldout.txt"
+    heldout.write_text(text.read_text(encoding="utf-8"), encoding="utf-8")
+    prose = text.parent / "prose.txt"
+    prose.write_text("\n\n".join(" ".join(f"w{(i * n) % 50}" for i in range(70)) + " end." for n in range(9)))
+    flags = ("--tokens", 512, "--window", 32, "--last-word", prose, "--json", "e.json")
+    said = run("eval", sparse, "--against", llama, "--text", heldout, "--text", prose, *flags)
+    result = read("e.json")
+    assert result["in_domain"] == ["words-heldout"] and result["foreign"] == ["prose"]
+    assert result["tasks"]["last-word prose"]["n"] == 9 and result["tasks"]["last-word prose"]["kind"] == "last-word"
+    assert "not informative" in said and "(in-domain)" in said
+
+
+def test_eval_asks_for_facts(run: Run, sparse: Path, llama: Path) -> None:
+    Path("known.jsonl").write_text('{"prompt": "w1 w2", "targets": ["w3"]}\n', encoding="utf-8")
+    said = run("eval", sparse, "--against", llama, "--facts", "known.jsonl", "--json", "e.json")
+    result = read("e.json")
+    assert result["recall"]["known"].keys() == {"base", "model"} and not result["perplexity"]
+    assert result["recall"]["known"]["model"].keys() == {"facts", "exact", "first_token", "loss"}
+    assert result["recall"]["known"]["model"]["loss"] != result["recall"]["known"]["base"]["loss"]
+    assert "known" in said and "perplexity" not in said
+
+
 def test_bench(run: Run, sparse: Path, llama: Path, text: Path) -> None:
     quick = ("--repeats", 1, "--new-tokens", 2, "--prefill", 32, "--text", text)
     run("bench", sparse, "--against", llama, *quick, "--json", "b.json")

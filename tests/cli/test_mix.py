@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from factormix.run.directory import sha256
 from tests.cli.tiny import save_tiny
@@ -69,6 +69,20 @@ def test_eval_generate_and_merge_agree(llama: Path, text: Path, adapter: Path, r
     assert run("generate", "nothing", *ask) == run("generate", llama, *ask)
 
 
+def test_a_gated_domain_becomes_a_qwen2_moe(llama: Path, text: Path, adapter: Path, run: Run, refused: Run) -> None:
+    words = "--tokens 2000 --window 32 --lr 0.05 --quiet".split()
+    run("adapt", llama, "--domains", adapter, "--task", text, "--dev", text, "-o", "mixed", *words)
+    merge = ["merge", llama, "--adapter", adapter, "--gate", "mixed/gate", "-o", "moe"]
+    assert "does not merge exactly" in refused(*merge)
+    assert "needs --gate DIR" in refused("merge", llama, "--adapter", adapter, "--to", "qwen2_moe", "-o", "moe")
+    assert "Did you mean 'qwen2_moe'" in refused(*merge, "--to", "qwen2-moe")
+    assert "the gate decides the weight" in refused(*merge, "--to", "qwen2_moe", "--weight", "0.5")
+    run(*merge, "--to", "qwen2_moe", "--quiet")
+    ask = ["w3 w4", "--max-new-tokens", "8", "--quiet"]
+    assert run("generate", "moe", *ask) == run("generate", llama, *ask, "--mix", "mixed")
+    assert AutoModelForCausalLM.from_pretrained("moe").config.model_type == "qwen2_moe"
+
+
 def test_a_factored_model_takes_adapter_and_merge(sparse: Path, text: Path, run: Run) -> None:
     run(*words(sparse, text, "adapter", "--quiet"))
     run("merge", sparse, "--adapter", "adapter", "-o", "merged", "--quiet")
@@ -84,7 +98,19 @@ def test_a_masked_language_model_and_facts(tmp_path: Path, text: Path, run: Run)
     facts = Path("facts.jsonl")
     facts.write_text("\n".join(json.dumps({"prompt": f"w{i} {{}} .", "targets": [f"w{i + 1}"]}) for i in range(40)))
     said = run(*words(model, text, "adapter", "--knowledge", str(facts), "--form", "bottleneck"))
-    assert "width 8" in said
+    assert "width 8" in said and "next: factormix adapt" in said
+
+
+def test_an_encoder_without_a_head_is_given_one_first(tmp_path: Path, text: Path, run: Run) -> None:
+    model = save_tiny("bert-base", tmp_path / "bert")
+    said = run(*words(model, text, "adapter", "--head-tokens", "512", "--dry-run"))
+    assert "first a masked-LM head on 512 general tokens" in said
+    run(*words(model, text, "adapter", "--head-tokens", "512", "--json", "result.json"))
+    names = {path.name for path in Path("adapter").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "masked_head.safetensors", "run.json"}
+    metrics = json.loads(Path("result.json").read_text())["metrics"]
+    assert metrics["head"]["tokens"] == 512 and len(metrics["head"]["history"]) == 8
+    PeftModel.from_pretrained(AutoModel.from_pretrained(model), "adapter", adapter_name="pubmed")
 
 
 def test_a_recipe_is_the_same_as_flags(llama: Path, text: Path, adapter: Path, run: Run) -> None:
@@ -93,6 +119,44 @@ def test_a_recipe_is_the_same_as_flags(llama: Path, text: Path, adapter: Path, r
     Path("r.yaml").write_text("\n".join([*lines, *options]))
     run("inject", "--recipe", "r.yaml", "--quiet")
     assert sha256("other/adapter_model.safetensors") == sha256(adapter / "adapter_model.safetensors")
+
+
+def test_retention_text_by_retrieval(llama: Path, text: Path, tmp_path: Path, run: Run) -> None:
+    encoder = save_tiny("bert-base", tmp_path / "encoder")
+    more = ["--retain-by", "nearest", "--retriever", str(encoder)]
+    assert "the nearest by" in run(*words(llama, text, "near", *more, "--dry-run"))
+    run(*words(llama, text, "near", *more, "--json", "near.json"))
+    run(*words(llama, text, "chance", "--quiet"))
+    passages = json.loads(Path("near.json").read_text())["metrics"]["passages"]
+    assert 1 <= passages["used"] <= 8 and passages["of"] == 4 * 1024 // 4 // 32  # L_S at one micro-batch in four
+    assert sha256("near/adapter_model.safetensors") != sha256("chance/adapter_model.safetensors")
+
+
+def test_validate_reads_recipes_of_inject_and_adapt(llama: Path, adapter: Path, tmp_path: Path, run: Run) -> None:
+    Path("r.yaml").write_text(f"model: {llama}\ndomain: pubmed\nknowledge: [a.txt]\nretain: [b.txt]\nwidth: 8\n")
+    said = run("validate", "r.yaml", "--json", "v.json")
+    assert "# for factormix inject" in said and "# 1 adapters of width 8 at layers 0: 768 parameters" in said
+    values = json.loads(Path("v.json").read_text())
+    assert values["command"] == "inject" and values["recipe"]["lr"] == 5e-3 and values["recipe"]["domain"] == "pubmed"
+    Path("again.yaml").write_text(said)
+    assert run("validate", "again.yaml") == said
+    Path("a.yaml").write_text(f"model: {llama}\ndomains: [{adapter}]\ntask: t.jsonl\nshots: 4\n")
+    said = run("validate", "a.yaml", "--json", "v.json")
+    assert "# for factormix adapt" in said and "# adapter: ffn of width 8 at sites 0" in said
+    assert json.loads(Path("v.json").read_text())["recipe"]["epochs"] == 20
+
+
+def test_validate_refuses_what_cannot_be(llama: Path, adapter: Path, tmp_path: Path, refused: Run) -> None:
+    bert = save_tiny("bert", tmp_path / "bert")
+    for lines, message in (
+        ("domain: x\nlayer: auto\n", "no key 'layer'"),
+        (f"domain: x\nmodel: {llama}\nlayers: '7'\n", "[7] not allowed"),
+        (f"task: t.jsonl\nmodel: {bert}\ndomains: [{adapter}]\n", "was made for another model: its site 0"),
+        (f"task: t.jsonl\nmodel: {llama}\ndomains: [nowhere]\n", "has no adapter_config.json"),
+        ("task: t.jsonl\nshots: 0\n", "shots received 0"),
+    ):
+        Path("r.yaml").write_text(lines)
+        assert message in refused("validate", "r.yaml")
 
 
 def test_dry_run_prints_the_numbers_and_writes_nothing(llama: Path, sparse: Path, text: Path, run: Run) -> None:
@@ -136,6 +200,8 @@ def test_killed_and_resumed(llama: Path, text: Path) -> None:
         (["--form", "lora"], "allowed: 'ffn', 'bottleneck'"),
         (["--domain", "a/b"], "domain 'a/b' is not allowed"),
         (["--reduction", "4"], "give one of them"),
+        (["--retain-by", "nearest", "--old-knowledge", "none"], "retain_by 'nearest' chooses the text of L_S"),
+        (["--retain-by", "nearest", "--retriever", "./none"], "'./none' does not exist"),
         (["--retain", "no.txt"], "no.txt' does not exist"),
     ],
 )

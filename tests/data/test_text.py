@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from factormix.data.text import read_documents
 from factormix.run.errors import FactorMixError
@@ -39,6 +41,7 @@ def test_txt_documents_are_separated_by_blank_lines(tmp_path: Path) -> None:
             "knowledge",
             ["Lima is in Peru.", "Capital: Lima"],
         ),
+        ([{"messages": [{"role": "user", "content": "a"}, {"role": "b", "content": "c"}]}], "chat", ["user: a\nb: c"]),
     ],
 )
 def test_jsonl_kinds(tmp_path: Path, lines: list[object], kind: str, texts: list[str]) -> None:
@@ -70,6 +73,9 @@ def test_jsonl_kinds(tmp_path: Path, lines: list[object], kind: str, texts: list
         ("a.jsonl", [{"text": "a", "label": True}], ["'label' received True"]),
         ("a.jsonl", [{"prompt": "a", "targets": []}], ["'targets' received []"]),
         ("a.jsonl", [{"prompt": "{} {}", "targets": ["b"]}], ["more than once"]),
+        ("a.jsonl", [{"messages": []}], ["'messages' received []", "role and content"]),
+        ("a.jsonl", [{"messages": [{"role": "user", "content": " "}]}], ["role and content"]),
+        ("a.jsonl", [{"messages": [{"role": "user"}]}], ["role and content"]),
     ],
 )
 def test_bad_files(tmp_path: Path, name: str, content: str | bytes | list[object], words: list[str]) -> None:
@@ -114,3 +120,19 @@ def test_strings_from_python(tmp_path: Path) -> None:
     ):
         with pytest.raises(FactorMixError, match=words):
             read_documents(wrong)  # type: ignore[arg-type]
+
+
+def test_a_chat_is_read_in_the_template_of_the_tokenizer(tmp_path: Path) -> None:
+    chat = read_documents(write(tmp_path / "a.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}]))
+    template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    vocabulary = Tokenizer(models.WordLevel({"hi": 0, "<s>": 1}, unk_token="hi"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, bos_token="<s>")
+    with pytest.raises(FactorMixError, match="a holds chats.*no chat template"):
+        chat.plain(tokenizer)
+    tokenizer.chat_template = template
+    assert chat.plain(tokenizer) == ["<user>hi"]  # without BOS, which every window begins with
+    tokenizer.chat_template = "{{ raise_exception('no users') }}"
+    with pytest.raises(FactorMixError, match="refuses.*of a: no users"):
+        chat.plain(tokenizer)
+    plain = read_documents(["any text"])
+    assert plain.plain(tokenizer) == plain.texts

@@ -3,16 +3,20 @@
 import math
 
 import pytest
+import torch
 
+from factormix.evaluate.last_word import Passage
 from factormix.evaluate.perplexity import TextScore
-from factormix.evaluate.suite import Evaluation, evaluate, evaluate_for
+from factormix.evaluate.suite import Evaluation, answer_for, evaluate, evaluate_for
 from factormix.run.errors import FactorMixError
 
 
 def test_json_keys_are_exact(llama, windows):
     texts = {"brown": windows(seed=0), "foldoc": windows(seed=1)}
     made = evaluate(llama(1), llama(0), texts, in_domain=["brown"]).to_dict()
-    assert set(made) == {"schema_version", "perplexity", "agreement", "tasks", "in_domain", "foreign", "mean_ratio"}
+    keys = "schema_version perplexity agreement tasks recall retention in_domain foreign mean_ratio"
+    assert set(made) == set(keys.split())
+    assert made["retention"] == {"all": None, "choice": None, "last_word": None} and made["tasks"] == {}
     assert made["schema_version"] == 1
     assert set(made["perplexity"]) == set(made["agreement"]) == {"brown", "foldoc"}
     for stem in texts:
@@ -46,6 +50,22 @@ def test_methods_side_by_side(llama, windows):
     assert both["paper"] == evaluate(llama(2), llama(0), texts)
     assert both["FactorMix"] == evaluate(llama(1), llama(0), texts)
     assert both["paper"].texts["brown"].base == both["FactorMix"].texts["brown"].base
+
+
+def test_answers_of_several_models_beside_the_base(llama, windows):
+    """The base is asked once; its own answers are all right here, so retention is each model's accuracy."""
+    base = llama(0)
+    prompts = [torch.randint(1, 97, (1, 8), generator=torch.Generator().manual_seed(i)) for i in range(40)]
+    said = [base.generate(p, max_new_tokens=1, do_sample=False, eos_token_id=None)[0] for p in prompts]
+    passages = {"prose": [Passage(tuple(ids.tolist()), 1) for ids in said]}
+    found = answer_for({"same": llama(0), "other": llama(1)}, base, passages)
+    assert found["same"]["last-word prose"].to_dict()["base"] == 1.0
+    both = evaluate_for({"same": llama(0), "other": llama(1)}, base, {"brown": windows()}, tasks=found)
+    kept = both["same"].to_dict()["retention"]
+    assert kept["last_word"]["retention"] == kept["all"]["retention"] == 1.0 and kept["choice"] is None
+    other = both["other"].to_dict()
+    assert other["retention"]["all"]["retention"] == pytest.approx(other["tasks"]["last-word prose"]["model"])
+    assert other["tasks"]["last-word prose"]["model"] < 0.9
 
 
 def test_unknown_or_missing_texts_are_errors(llama, windows):

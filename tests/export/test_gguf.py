@@ -25,9 +25,9 @@ LLAMA3 = {
 
 def bytes_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE as GPT-2 has it, of VOCAB tokens."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCAB - 3]
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
-    backend = Tokenizer(models.BPE(vocabulary, [], unk_token=None))
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCAB - 4]
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters, "ab"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("a", "b")], unk_token=None))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names, chat_template="{{ messages }}")

@@ -10,7 +10,7 @@ import torch
 
 from factormix import FactorMixError, load
 from factormix.data.packing import Packed
-from factormix.factor.config import FactorConfig
+from factormix.factor.config import PRESETS, FactorConfig
 from factormix.factor.factorize import factorize, work_directory
 from factormix.nn import SparseFFN
 from tests.families import TINY, VOCAB, tiny_inputs, tiny_model, tiny_output
@@ -170,6 +170,32 @@ def test_static_pruning_drops_the_other_neurons(family: str, partition: str, tmp
     fitted = factorize(dense, config.replace(layer_fit=True), windows(), quiet=True)
     before, after = (m.config.factormix["made_by"]["sites"][0] for m in (pruned, fitted))
     assert after["error_after"] < before["error_after"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("preset", ["moefication", "cmoe", "flap", "wanda"])
+def test_the_presets_of_other_methods_run_at_the_same_active_fraction(preset: str, family: str, tmp_path: Path) -> None:
+    config = FactorConfig.preset(preset, "S1A1E4", **QUICK)
+    assert config.cut.active_fraction == 0.5 and not config.layer_fit
+    sparse = factorize(tiny_model(family), config, windows(), quiet=True)
+    kinds = {type(ffn.router).__name__ for ffn in sparse.sparse_ffns().values()}
+    assert kinds == {{"moefication": "MLPRouter", "cmoe": "NeuronRouter"}.get(preset, "NoneType")}
+    sparse.save_pretrained(str(tmp_path / "out"))
+    assert torch.allclose(tiny_output(load(tmp_path / "out")), tiny_output(sparse), atol=1e-6)
+
+
+def test_presets_give_each_method_the_layout_it_knows() -> None:
+    made = {name: FactorConfig.preset(name, "S4A4E16").layout for name in PRESETS}
+    assert made == {
+        "default": "S4A4E16", "paper": "S0A8E16", "moefication": "S0A8E16", "cmoe": "S4A4E16", "flap": "S8A0E16",
+        "wanda": "S8A0E16",
+    }  # fmt: skip
+    same = FactorConfig.preset("cmoe", "S4A4E16").heal
+    assert same == FactorConfig.preset("moefication").heal == FactorConfig.preset("default").heal
+    with pytest.raises(FactorMixError, match="S0A2E4"):
+        FactorConfig.parse("S1A1E4", partition="moefication")
+    with pytest.raises(FactorMixError, match="partition 'cmoe'"):
+        FactorConfig.parse("S1A1E4", router="neuron")
 
 
 def test_partitions_that_prune_refuse_a_router() -> None:

@@ -12,8 +12,9 @@ from factormix import FactorMixError
 from factormix.factor.config import FactorConfig, HealConfig
 from factormix.factor.factorize import factorize, work_directory
 from factormix.factor.heal import HealingLoss, heal
-from factormix.factor.losses import distillation, hidden_distance
+from factormix.factor.losses import hidden_distance
 from factormix.run.workdir import WorkDirectory
+from factormix.train import distillation
 from factormix.train.loop import last_checkpoint
 from tests.factor.test_factorize import QUICK, windows
 from tests.families import tiny_model

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from factormix.factor.config import FactorConfig
 from factormix.factor.labels import Labels, top_k_hot
-from factormix.factor.losses import distillation, load_balance, router_loss
+from factormix.factor.losses import load_balance, router_loss
+from factormix.train import distillation
 
 METHODS = ["bce", "pa", "pa-soft", "paper"]
 

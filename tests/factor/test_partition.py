@@ -14,7 +14,7 @@ from torch.nn.functional import silu
 
 import factormix.factor.partition.coactivation  # noqa: F401
 from factormix.factor.activations import ActivationStats
-from factormix.factor.partition import PARTITIONS, STATIC, Assignment
+from factormix.factor.partition import PARTITIONS, ROUTED, STATIC, Assignment
 from factormix.factor.partition.balanced import balanced_assignment, balanced_kmeans
 from factormix.ffn import FFNWeights
 from factormix.nn import Layout
@@ -48,7 +48,7 @@ def groups(assignment: Assignment) -> set[frozenset[int]]:
 @given(data=st.data(), gated=st.booleans(), seed=st.integers(0, 99))
 def test_any_sizes_give_a_valid_assignment_by_seed(method: str, data: st.DataObject, gated: bool, seed: int) -> None:
     slices, width = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 7))
-    shared = data.draw(st.integers(int(method in STATIC), slices))
+    shared = 0 if method in ROUTED else data.draw(st.integers(int(method in STATIC), slices))
     active = 0 if method in STATIC else data.draw(st.integers(int(shared == 0), slices - shared))
     layout, inner, hidden = Layout(shared, active, slices), slices * width, data.draw(st.integers(1, 8))
     tokens = torch.randn(data.draw(st.integers(1, 30)), hidden, generator=generator(seed))
@@ -69,7 +69,7 @@ def test_an_assignment_names_every_neuron_once() -> None:
 def test_neurons_without_energy_do_no_harm(method: str) -> None:
     parts = random_weights(12, 5, gated=True)
     parts.gate[3:9] = 0  # silu(0) = 0: half of the neurons never fire
-    layout = Layout(3, 0, 6) if method in STATIC else Layout(1, 2, 6)
+    layout = Layout(3, 0, 6) if method in STATIC else Layout(int(method not in ROUTED), 2, 6)
     assignment = PARTITIONS[method](stats_of(parts, torch.zeros(4, 5)), layout, generator())
     assert sorted([*assignment.order.tolist(), *assignment.dropped.tolist()]) == list(range(12))
 

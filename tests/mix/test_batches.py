@@ -27,7 +27,7 @@ def write_facts(path: Path, count: int = 30) -> Path:
 
 def made(tmp_path: Path, tokenizer: PreTrainedTokenizerBase, *knowledge: Path, tokens: int = 2048) -> Stage1Batches:
     general = write_text(tmp_path / "general.txt", documents=5)
-    return stage1_batches(knowledge, [str(general)], tokenizer, window=32, tokens=tokens, seed=0)  # type: ignore[arg-type]
+    return stage1_batches(knowledge, [str(general)], tokenizer, window=32, tokens=tokens, seed=0, old_every=1)  # type: ignore[arg-type]
 
 
 def test_only_the_objects_tokens_count(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -58,11 +58,24 @@ def test_text_and_facts_may_be_mixed_and_every_batch_has_general_text(
     assert all(bool(alone[i]["structured"]) for i in range(len(alone)))
 
 
+def test_what_is_read_again_stands_beside_other_general_text(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text, general = write_text(tmp_path / "text.txt", 2), write_text(tmp_path / "general.txt")
+    of = stage1_batches([text], [str(general)], tokenizer, window=32, tokens=32 * 20, seed=0, old_every=4)
+    assert of.distinct < 10 and len(of) == 20
+    assert torch.equal(of[1]["input_ids"], of[1 + of.distinct]["input_ids"])
+    assert [("general_ids" in of[i]) for i in range(8)] == [True, False, False, False] * 2
+    assert float(of[0]["old_weight"]) == 4
+    beside = [of[i]["general_ids"] for i in range(0, 20, 4)]
+    assert len({tuple(ids.flatten().tolist()) for ids in beside}) == 5  # all of what was packed
+
+
 def test_every_target_is_a_fact(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     file = tmp_path / "two.jsonl"
     file.write_text(json.dumps({"prompt": "w1 {} .", "targets": ["w2", "w3 w4"]}), encoding="utf-8")
     batches = made(tmp_path, tokenizer, file)
-    assert sum(int(batches[i]["counted"].sum()) for i in range(len(batches))) == 3
+    assert sum(int(batches[i]["counted"].sum()) for i in range(batches.distinct)) == 3
 
 
 def test_the_seed_orders_the_knowledge(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -70,7 +83,7 @@ def test_the_seed_orders_the_knowledge(tmp_path: Path, tokenizer: PreTrainedToke
     text, general = write_text(tmp_path / "text.txt"), write_text(tmp_path / "general.txt")
 
     def ids(seed: int) -> torch.Tensor:
-        of = stage1_batches([text], [str(general)], tokenizer, window=32, tokens=640, seed=seed)
+        of = stage1_batches([text], [str(general)], tokenizer, window=32, tokens=640, seed=seed, old_every=1)
         return torch.cat([torch.cat([of[i]["input_ids"], of[i]["general_ids"]], 1) for i in range(len(of))])
 
     assert torch.equal(ids(0), ids(0)) and not torch.equal(ids(0), ids(1))

@@ -29,6 +29,7 @@ def batch(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
     whole = {
         "input_ids": ids, "attention_mask": torch.ones_like(ids), "counted": torch.ones_like(ids).bool(),
         "structured": torch.tensor(False), "general_ids": general, "general_mask": torch.ones_like(general),
+        "old_weight": torch.tensor(3.0),
     }  # fmt: skip
     return {**whole, **changes}
 
@@ -48,17 +49,17 @@ def fresh(model: PreTrainedModel, form: str = "ffn") -> PeftModel:
 
 @EVERY
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("old", ["normalised", "paper"])
+@pytest.mark.parametrize("old", ["distil", "normalised", "paper"])
 def test_old_knowledge_is_0_at_the_start_and_above_0_after_a_knowledge_step(
     family: str, sparse: bool, form: str, old: str
 ) -> None:
     """Defect 1 of the released code: L_S compared a tensor with itself and was 0 for ever."""
     model = base_model(family, sparse)
-    wrapped = fresh(model, form)
+    wrapped = fresh(model, form).train()  # as it is trained, dropout and all
     loss = loss_of(model, old_knowledge=old)
     trained = [p for n, p in wrapped.named_parameters() if n in adapter_names(wrapped, "pubmed")]
     parts = loss(wrapped, batch())
-    assert float(parts["old"].detach()) == 0.0
+    assert float(parts["old"].detach()) == 0.0 and all(module.training for module in wrapped.modules())
     optimiser = torch.optim.SGD(trained, lr=1.0)
     parts["knowledge"].backward()
     optimiser.step()
@@ -86,7 +87,8 @@ def test_old_knowledge_by_hand(sparse: bool) -> None:
         base = [layer.base_layer(x) for layer, x in zip(layers, seen)]
         want = sum(d.square().sum(-1).mean() / f.square().sum(-1).mean() for d, f in zip(distance, base)) / 2
         plain = sum(d.square().mean() for d in distance) / 2
-        assert torch.isclose(loss_of(model).old(general, torch.ones_like(general)), want, rtol=1e-3)
+        normalised = loss_of(model, old_knowledge="normalised")
+        assert torch.isclose(normalised.old(general, torch.ones_like(general)), want, rtol=1e-3)
         assert torch.isclose(
             loss_of(model, old_knowledge="paper").old(general, torch.ones_like(general)), plain, rtol=1e-3
         )
@@ -96,15 +98,50 @@ def test_every_use_of_a_shared_ffn_counts() -> None:
     model = base_model("albert")
     adapted(model)
     with torch.no_grad():
-        outputs = loss_of(model)._outputs(tokens(), torch.ones_like(tokens()))
+        outputs = loss_of(model, old_knowledge="normalised")._outputs(tokens(), torch.ones_like(tokens()))
     assert len(outputs) == 6 and not torch.equal(outputs[0][1], outputs[5][1])
 
 
-@pytest.mark.parametrize("family", ["llama", "bert", "albert"])
-def test_padding_of_general_text_is_ignored(family: str) -> None:
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+def test_the_distance_of_outputs_by_hand(sparse: bool) -> None:
+    """mean_t KL(base || adapted), the base being the same model without its adapters."""
+    model = base_model("llama", sparse)
+    wrapped = adapted(model, layers=[0, 1])
+    general = batch()["general_ids"]
+    with torch.no_grad():
+        q = model(general).logits.log_softmax(-1)
+        with wrapped.disable_adapter():
+            p = model(general).logits.log_softmax(-1)
+        want = (p.exp() * (p - q)).sum(-1).mean()
+        loss = loss_of(model)
+        assert torch.isclose(loss.old(general, torch.ones_like(general)), want, rtol=1e-4) and want > 1e-4
+        assert torch.isclose(loss(wrapped, batch())["old"], 3 * want, rtol=1e-4)  # one micro-batch in three has it
+        assert torch.isclose(model(general).logits.log_softmax(-1), q).all()  # the adapters are on again
+    assert set(loss(wrapped, {k: v for k, v in batch().items() if "general" not in k})) == {"knowledge"}
+
+
+def test_the_distance_of_a_masked_models_outputs_is_taken_at_masked_tokens() -> None:
+    model = base_model("bert")
+    adapted(model)
+    ids, loss = tokens(8, 40), loss_of(model, mask=0.5)
+    with torch.no_grad():
+        torch.manual_seed(0)
+        shown, predicted = loss.masked(ids, torch.ones_like(ids).bool())
+        with loss._without_adapters():
+            p = model(shown).logits[predicted].log_softmax(-1)
+        want = (p.exp() * (p - model(shown).logits[predicted].log_softmax(-1))).sum(-1).mean()
+        torch.manual_seed(0)
+        assert torch.isclose(loss.old(ids, torch.ones_like(ids)), want, rtol=1e-4)
+        assert float(loss_of(model, mask=1e-9).old(ids, torch.ones_like(ids))) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("family", "old"), [("llama", "distil"), ("llama", "normalised"), ("bert", "normalised"), ("albert", "normalised")]
+)
+def test_padding_of_general_text_is_ignored(family: str, old: str) -> None:
     model = base_model(family)
     adapted(model)
-    loss, ids = loss_of(model), tokens(1, 8)
+    loss, ids = loss_of(model, old_knowledge=old), tokens(1, 8)
     padded = torch.cat([ids, torch.zeros(1, 5, dtype=torch.long)], 1)
     mask = (padded != 0).long()
     with torch.no_grad():
@@ -118,7 +155,7 @@ def test_the_forward_on_general_text_ends_at_the_last_adapter_and_leaves_the_mod
     want, reached = tiny_output(model), []
     handle = model.model.layers[1].register_forward_hook(lambda *_: reached.append(1))
     with torch.no_grad():
-        loss_of(model).old(tokens(), torch.ones_like(tokens()))
+        loss_of(model, old_knowledge="normalised").old(tokens(), torch.ones_like(tokens()))
     assert not reached
     handle.remove()
     assert torch.equal(tiny_output(model), want)

@@ -124,6 +124,18 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         merge_adapters(base_model("llama"), [(folder, 1.0)])
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_another_base_of_equal_shapes_is_refused(family: str, sparse: bool, tmp_path: Path) -> None:
+    folder = saved(tmp_path, base_model(family, sparse))
+    other = base_model(family, sparse)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.01)
+    with pytest.raises(FactorMixError, match="on another base of the same shapes"):
+        merge_adapters(other, [(folder, 1.0)])
+
+
 def test_a_config_without_one_width_is_refused_and_left_alone(tmp_path: Path) -> None:
     folder = saved(tmp_path, base_model("llama"))
     model = base_model("llama")

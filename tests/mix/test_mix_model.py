@@ -20,7 +20,7 @@ from tests.mix.toy import FAMILIES, disturb, domains, mix, padded
 ADAPTERS = ("pfeiffer", "houlsby", "lora", "none")
 ROWS = [[5, 6, 7], [8, 9, 10, 11, 12, 13], [14]]
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
-WITHOUT_LORA = {"albert"}  # PEFT names no projections for it
+WITHOUT_LORA = {"albert", "modernbert"}  # PEFT names no projections for them
 
 
 def kinds(family: str) -> list[str]:
@@ -190,10 +190,12 @@ def test_bottlenecks_work_for_every_family(family: str, kind: str) -> None:
 
 
 def test_what_has_no_place_is_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(FactorMixError, match="encoder-decoder; stage 2 needs one stack"):
-        mix(tiny_model("t5-gated"), {})
-    with pytest.raises(FactorMixError, match="PEFT names no attention projections for 'albert'"):
-        mix(tiny_model("albert"), {}, "lora")
+    for family in ("t5-plain", "t5-gated", "mt5", "umt5"):
+        with pytest.raises(FactorMixError, match="encoder-decoder; stage 2 needs one stack"):
+            mix(tiny_model(family), {})
+    for family in sorted(WITHOUT_LORA):
+        with pytest.raises(FactorMixError, match=f"PEFT names no attention projections for '{family}'"):
+            mix(tiny_model(family), {}, "lora")
     for family in ("bert", "albert", "modernbert"):
         with pytest.raises(FactorMixError, match="'prefix'.*takes no keys and values"):
             mix(tiny_model(family), {}, "prefix")

@@ -101,6 +101,32 @@ def test_an_adapter_of_another_model_is_refused(made_on: str, loaded_on: str, tm
         load_adapters(base_model(loaded_on), {"pubmed": folder})
 
 
+@pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
+@pytest.mark.parametrize("family", ["llama", "bert", "phi3", "gpt2", "albert", "t5-gated"])
+def test_another_base_of_equal_shapes_is_refused_naming_both(family: str, sparse: bool, tmp_path: Path) -> None:
+    folder = saved(tmp_path, base_model(family, sparse))
+    recorded = json.loads((folder / "adapter_config.json").read_text())["base_ffns"]
+    load_adapters(base_model(family, sparse).to(torch.bfloat16), {"pubmed": folder})  # the same weights, rounded
+    load_adapters(base_model(family, sparse).to(torch.float16), {"pubmed": folder})  # cannot be compared
+    load_adapters(base_model(family, not sparse), {"pubmed": folder})  # other weights by nature
+    ours, theirs = base_model(family, sparse), base_model(family, sparse)
+    with torch.no_grad():
+        for parameter in (*ours.parameters(), *theirs.parameters()):
+            parameter.mul_(1.01)
+    with pytest.raises(FactorMixError, match=rf"on another base of the same shapes.* hash {recorded[:6]}.*{recorded}"):
+        load_adapters(ours, {"pubmed": folder})
+    PeftModel.from_pretrained(theirs, str(folder), adapter_name="pubmed")  # PEFT's own way asks nothing
+
+
+def test_a_base_that_differs_elsewhere_is_the_same_base(tmp_path: Path) -> None:
+    folder = saved(tmp_path, base_model("llama"))  # beside the FFN of layer 0
+    other = base_model("llama")
+    with torch.no_grad():
+        other.lm_head.weight.mul_(2)
+        other.model.layers[1].mlp.up_proj.weight.mul_(2)
+    load_adapters(other, {"pubmed": folder})
+
+
 def test_named_adapters_switch_and_add_up(tmp_path: Path) -> None:
     names, model = ("pubmed", "reviews"), base_model("llama")
     base, outputs = tiny_output(model), {}

@@ -18,7 +18,7 @@ from tests.cli.tiny import save_tiny
 from tests.families import VOCAB, tiny_model
 from tests.mix.adapted import saved
 
-FAMILIES = ("llama", "gpt2", "bert", "albert")
+FAMILIES = ("llama", "gpt2", "gemma3_text", "bert", "albert", "modernbert")
 QUICK = AdaptConfig(epochs=12, batch_size=8, lr=1e-2, window=16)
 
 

@@ -1,0 +1,53 @@
+"""Last-word accuracy: the passages cut, and greedy decoding as the judge."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from factormix.evaluate.last_word import Passage, _passages, cut_passages, last_words
+from factormix.run.errors import FactorMixError
+from tests.evaluate.tiny import VOCAB
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<s>", "<unk>", *(f"w{i}" for i in range(VOCAB - 2))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+
+
+def test_passages_are_whole_sentences_without_their_last_word():
+    first, second = " ".join(["go"] * 40) + " home.", " ".join(["run"] * 30) + ' "far away!"'
+    (found,) = _passages(f"{first}\n{second} {first}")
+    assert found[1] == "away"
+    assert found[0].startswith("go go") and found[0].endswith('run "far')
+    assert _passages("too short.") == []
+    assert _passages(" ".join(["endless"] * 200) + ".") == []  # no sentences there
+    assert _passages(" ".join(["go"] * 70) + " 42.") == []  # a number is no word
+
+
+def test_tokens_and_order(tokenizer):
+    texts = [" ".join(f"w{(i * n) % 90}" for i in range(70)) + " end." for n in range(1, 9)]
+    some = cut_passages(texts, tokenizer, tokens=200)
+    assert len(some) == 3  # each is <s> and 71 words
+    assert all(len(each.ids) == 72 and each.answer == 1 and each.ids[0] == 0 for each in some)
+    assert cut_passages(texts, tokenizer, tokens=200) == some
+    assert cut_passages(texts, tokenizer, tokens=200, seed=1) != some
+    with pytest.raises(FactorMixError, match="0 passages of 60 words"):
+        cut_passages(["w1 w2."], tokenizer)
+
+
+def test_right_is_what_greedy_decoding_writes(llama):
+    model = llama()
+    generator = torch.Generator().manual_seed(0)
+    passages, expected = [], []
+    for length, answer, spoil in ((9, 1, None), (14, 3, None), (6, 2, -1), (11, 3, -3), (12, 2, -2)):
+        prompt = torch.randint(1, VOCAB, (1, length), generator=generator)
+        said = model.generate(prompt, max_new_tokens=answer, do_sample=False, eos_token_id=None)[0]
+        if spoil is not None:
+            said[spoil] = (said[spoil] + 1) % VOCAB
+        passages.append(Passage(tuple(said.tolist()), answer))
+        expected.append(0.0 if spoil else 1.0)
+    assert last_words(model, passages).tolist() == expected
