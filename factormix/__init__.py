@@ -1,6 +1,6 @@
 """FactorMix: split a pretrained transformer's feed-forward networks into sparse experts that really run faster."""
 
-from factormix.checkpoint import load
+from factormix.export.load import load
 from factormix.factor.config import FactorConfig, HealConfig
 from factormix.factor.factorize import factorize
 from factormix.factor.heal import heal

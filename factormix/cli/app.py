@@ -16,6 +16,7 @@ from factormix.cli.adapt import adapt
 from factormix.cli.bench import bench
 from factormix.cli.demo import demo
 from factormix.cli.eval import evaluate
+from factormix.cli.export import export
 from factormix.cli.factor import factor
 from factormix.cli.generate import generate
 from factormix.cli.inject import inject
@@ -33,6 +34,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "sweep": sweep,
     "generate": generate,
     "bench": bench,
+    "export": export,
     "inject": inject,
     "merge": merge,
     "adapt": adapt,

@@ -136,7 +136,7 @@ def _general_tokens(config: InjectConfig, headless: bool) -> int:
     """Tokens of general text to read: those that L_S, a head or a choice of passages needs."""
     from factormix.mix.retrieve import POOL
 
-    pool = POOL * config.tokens if config.retain_by == "nearest" else config.tokens // config.old_every
+    pool = (POOL if config.retain_by == "nearest" else 1) * config.tokens // config.old_every
     return max(pool, config.head_tokens) if headless else pool
 
 

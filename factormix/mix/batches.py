@@ -34,8 +34,8 @@ class Stage1Batches:
 
     Attributes:
         distinct: micro-batches of knowledge that differ.
-        beside: the general window of each micro-batch, by number: at random (one after the other, of documents in
-            random order) unless something else is put here.
+        beside: the general window, by number, of each micro-batch that has one beside it: one after the other, of
+            documents in random order, unless something else is put here.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Stage1Batches:
         self._texts = 0 if windows is None else len(windows)
         self.distinct = self._texts + len(self.facts)
         self.length, self.old_every = max(length, self.distinct), old_every
-        self.beside = [i // old_every % len(general) for i in range(len(self))]
+        self.beside = [i % len(general) for i in range(-(-self.length // old_every))]
 
     def __len__(self) -> int:
         return self.length
@@ -59,7 +59,7 @@ class Stage1Batches:
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if index % self.old_every:
             return self.knowledge(index)
-        row = self.beside[index]
+        row = self.beside[index // self.old_every]
         ids = self.general.input_ids[row : row + 1]  # (1, L')
         general = {"general_ids": ids, "general_mask": torch.ones_like(ids)}
         return {**self.knowledge(index), **general, "old_weight": torch.tensor(float(self.old_every))}

@@ -112,7 +112,7 @@ class InjectionLoss:
             ids, counted = self.masked(ids, counted)  # (B, L), (B, L)
             if not bool(counted.any()):
                 return ids.sum() * 0.0
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+        with self._without_dropout(), torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
             with torch.no_grad(), self._without_adapters():
                 base = self._logits(self.model, ids, mask)  # (B, L, V)
             return distillation(self._logits(self.model, ids, mask), base, counted)
@@ -126,6 +126,18 @@ class InjectionLoss:
         finally:
             for layer in self.layers:
                 layer.enable_adapters(True)
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        """Else base and adapted model, run one after the other, would differ by their dropout already."""
+        training = [module for module in self.model.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     def _logits(self, model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
         said = model(input_ids=ids, attention_mask=mask, **no_cache(self.model))

@@ -23,7 +23,7 @@ from factormix.run.errors import FactorMixError
 from factormix.run.progress import progress
 from factormix.run.workdir import WorkDirectory
 
-POOL = 4  # windows of general text to choose from, for each window of knowledge that is trained on
+POOL = 4  # windows of general text to choose from, for each one that is chosen
 ROWS = 16  # texts in one forward of the encoder
 CHUNK = 4096  # rows of knowledge whose cosines are held at a time
 
@@ -64,7 +64,7 @@ def nearest(
     work: WorkDirectory | None = None,
     quiet: bool = False,
 ) -> list[int]:
-    """The general window nearest to each micro-batch of knowledge, for `Stage1Batches.beside`.
+    """The general window nearest to each micro-batch of knowledge that has one beside it, for `Stage1Batches.beside`.
 
     Args:
         batches: knowledge, and general text to choose from.
@@ -73,10 +73,12 @@ def nearest(
         work: keeps the vectors, so that a killed run does not compute them again.
         quiet: no progress bar.
     """
+    taught = [i % batches.distinct for i in range(0, len(batches), batches.old_every)]  # those that have L_S
+    read = sorted(set(taught))
     if work is not None and work.done("passages"):
         vectors, _ = work.load("passages")
     else:
-        knowledge = [_text(batches.knowledge(i), tokenizer) for i in range(batches.distinct)]
+        knowledge = [_text(batches.knowledge(i), tokenizer) for i in read]
         general = [_plain(row, tokenizer) for row in batches.general.input_ids]
         encode = encoder()
         vectors = {
@@ -87,7 +89,8 @@ def nearest(
             work.save("passages", vectors)
     parts = vectors["knowledge"].split(CHUNK)  # (n, H) each
     found = [i for part in parts for i in (part @ vectors["general"].T).argmax(1).tolist()]  # (n, G) -> (n,)
-    return [found[i % batches.distinct] for i in range(len(batches))]
+    passage = dict(zip(read, found, strict=True))
+    return [passage[i] for i in taught]
 
 
 def _vectors(texts: Sequence[str], encode: TextEncoder, label: str, quiet: bool) -> Tensor:

@@ -128,7 +128,7 @@ def test_retention_text_by_retrieval(llama: Path, text: Path, tmp_path: Path, ru
     run(*words(llama, text, "near", *more, "--json", "near.json"))
     run(*words(llama, text, "chance", "--quiet"))
     passages = json.loads(Path("near.json").read_text())["metrics"]["passages"]
-    assert 1 <= passages["used"] <= 32 and passages["of"] == 4 * 1024 // 32
+    assert 1 <= passages["used"] <= 8 and passages["of"] == 4 * 1024 // 4 // 32  # L_S at one micro-batch in four
     assert sha256("near/adapter_model.safetensors") != sha256("chance/adapter_model.safetensors")
 
 

@@ -55,11 +55,11 @@ def test_old_knowledge_is_0_at_the_start_and_above_0_after_a_knowledge_step(
 ) -> None:
     """Defect 1 of the released code: L_S compared a tensor with itself and was 0 for ever."""
     model = base_model(family, sparse)
-    wrapped = fresh(model, form)
+    wrapped = fresh(model, form).train()  # as it is trained, dropout and all
     loss = loss_of(model, old_knowledge=old)
     trained = [p for n, p in wrapped.named_parameters() if n in adapter_names(wrapped, "pubmed")]
     parts = loss(wrapped, batch())
-    assert float(parts["old"].detach()) == 0.0
+    assert float(parts["old"].detach()) == 0.0 and all(module.training for module in wrapped.modules())
     optimiser = torch.optim.SGD(trained, lr=1.0)
     parts["knowledge"].backward()
     optimiser.step()

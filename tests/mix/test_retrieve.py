@@ -60,6 +60,17 @@ def test_the_nearest_passages_are_chosen(words: PreTrainedTokenizerBase) -> None
     assert bool(made[11]["structured"]) and made[11]["general_ids"].shape == (1, 20)
 
 
+def test_only_knowledge_that_has_general_text_beside_it_looks_for_passages(words: PreTrainedTokenizerBase) -> None:
+    whole = batches(words)
+    made = Stage1Batches(whole.windows, [], whole.general, 20, length=16, old_every=4)  # six windows, read again
+    made.beside = nearest(made, words, lambda: encoder(words), quiet=True)
+    assert made.beside == [ORDER[0], ORDER[4], ORDER[8 % 6], ORDER[12 % 6]]
+    for i in range(16):
+        assert ("general_ids" in made[i]) == (i % 4 == 0)
+        if i % 4 == 0:
+            assert topic(made[i]["input_ids"][0], words) == topic(made[i]["general_ids"][0], words)
+
+
 def test_the_search_is_exact_and_padding_does_not_matter(words: PreTrainedTokenizerBase) -> None:
     encode, texts = encoder(words), [TOPICS[0], " ".join(TOPICS), TOPICS[3]]
     together = encode(texts)

@@ -1,0 +1,170 @@
+"""The model card: README.md of an exported directory, with the YAML header that hubs read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+import yaml  # type: ignore[import-untyped, unused-ignore]
+
+UNKNOWN_LICENCE = "other"
+PLACES = (
+    "model",
+    "out",
+    "text",
+    "heal_text",
+)  # of run.json's config: where the maker had things, no business of readers
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a card says of where a model comes from.
+
+    Attributes:
+        name: of the exported model.
+        base: the dense model, as the one who factored it named it.
+        licence: of the dense model, which the exported one is under too: an SPDX name, or "other".
+        run: run.json of the factored model; empty where there is none.
+        results: what `factormix eval --json` and `factormix bench --json` wrote.
+    """
+
+    name: str
+    base: str = ""
+    licence: str = UNKNOWN_LICENCE
+    run: Mapping[str, Any] = field(default_factory=dict)
+    results: Sequence[Mapping[str, Any]] = ()
+
+
+def card(origin: Origin, export: Mapping[str, Any]) -> str:
+    """README.md.
+
+    Args:
+        origin: where the model comes from.
+        export: `Exported.to_dict()`.
+    """
+    header = {
+        "license": origin.licence.lower(),
+        **({"base_model": origin.base} if "/" in origin.base and not origin.base.startswith(("/", ".")) else {}),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["factormix", "mixture-of-experts", "sparse", export["container"]],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {origin.name}",
+        _what(origin, export),
+        "## Serve it\n\n" + _serve(origin.name, export),
+        "## How it was made\n\n" + _method(origin, export),
+        "## Quality\n\n" + _quality(origin, export),
+    ]
+    if speed := _speed(origin.results):
+        parts.append("## Speed\n\n" + speed)
+    return "\n\n".join(parts) + "\n"
+
+
+def _what(origin: Origin, export: Mapping[str, Any]) -> str:
+    base = f"`{origin.base}`" if origin.base else "a dense model"
+    terms = "see its model card" if origin.licence == UNKNOWN_LICENCE else origin.licence
+    rows = {
+        "base model": base,
+        "licence": f"that of the base model ({terms})",
+        "layout": f"{export['layout']}: {export['active']} of {export['routed']} experts of {export['width']} neurons "
+        f"for a token, {export['shared']} neurons shared by all",
+        "parameters": f"{export['parameters']:,}",
+        "read for a token": f"{export['parameters_per_token']:,}",
+        "container": f"{export['architecture']} ({export['dtype']})",
+    }
+    lines = [
+        f"{base} with the feed-forward network of every layer cut into experts, of which only some run for a token. It "
+        "was made by FactorMix and is stored as a stock architecture: no FactorMix and no remote code is needed.",
+        _table([("", ""), *rows.items()]),
+    ]
+    if export["approximations"]:
+        lines.append(f"**Not exact**: {'; '.join(export['approximations'])}.")
+    return "\n\n".join(lines)
+
+
+def _serve(name: str, export: Mapping[str, Any]) -> str:
+    if export["gguf"]:
+        return f'```\nllama-server -m {export["gguf"][0]}\nllama-cli -m {export["gguf"][0]} -p "Hello"\n```'
+    low = "Load it in float32 or bfloat16: in float16 the router's weights are subnormal numbers."
+    return (
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```\n\n'
+        f"```\nvllm serve {name} --dtype bfloat16\n```\n\n"
+        "llama.cpp: convert it with `convert_hf_to_gguf.py`, or export with `factormix export --to gguf`. "
+        f'With FactorMix, `factormix.load("{name}")` gives the sparse model back.\n\n{low}'
+    )
+
+
+def _method(origin: Origin, export: Mapping[str, Any]) -> str:
+    run, config = origin.run, origin.run.get("config", {})
+    lines = []
+    if config:
+        known = {k: value for k, value in config.items() if k not in PLACES and not isinstance(value, dict | list)}
+        lines.append(
+            "FactorLLM (arXiv 2408.11855): neurons assigned to experts from their activations on text, a linear "
+            "router, both fitted to the dense FFN's outputs layer by layer."
+        )
+        lines.append(_table([("setting", "value"), *((k, str(v)) for k, v in known.items())]))
+        lines.append(f"{run.get('tokens', 0):,} tokens of calibration text.")
+    if run.get("data"):
+        hashes = [(PurePath(name).name, digest) for name, digest in run["data"].items()]
+        lines.append(_table([("data", "SHA-256"), *hashes]))
+    lines.append(f"Container: {export['reason']}")
+    if export["m"] is not None:
+        lines.append(
+            f"The experts of a token all count alike, which the container's router reaches by small logits: its rows "
+            f"less their mean, at unit spread, times 2^-{export['m']}; the weights it then gives are folded into the "
+            "experts' down projections."
+        )
+    return "\n\n".join(lines)
+
+
+def _quality(origin: Origin, export: Mapping[str, Any]) -> str:
+    parity = export["parity"]
+    rows = [
+        ("exported model against FactorMix's", f"{parity['tokens']:,} tokens, float32, plain transformers"),
+        ("relative error of the logits, experts forced", f"{parity['logit_error']:.2e}"),
+        ("routing decisions that differ in the same state", f"{100 * parity['flips']:.4f} %"),
+        ("... where the scores were no tie", f"{100 * parity['flips_beyond_ties']:.4f} %"),
+        ("routing decisions that differ, experts free", f"{100 * parity['free_flips']:.4f} %"),
+        ("same most likely next token", f"{100 * parity['top1']:.2f} %"),
+        ("perplexity, FactorMix / exported", f"{parity['perplexity']:.4f} / {parity['exported_perplexity']:.4f}"),
+    ]
+    tables = [_table(rows)]
+    metrics = {k: v for k, v in origin.run.get("metrics", {}).items() if isinstance(v, int | float)}
+    if metrics:
+        tables.append(_table([("from run.json", ""), *((k, f"{v:,.4g}") for k, v in metrics.items())]))
+    for result in origin.results:
+        scores = result.get("perplexity", {})
+        lines = [(text, _number(of["base"]), _number(of["model"]), _number(of["ratio"])) for text, of in scores.items()]
+        if lines:
+            tables.append(_table([("perplexity", "dense", "this model", "ratio"), *lines]))
+    return "\n\n".join(tables)
+
+
+def _speed(results: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (f"{phase} {size}", _number(of["base"]), _number(of["model"]), _number(of["ratio"]))
+        for result in results
+        for phase in ("decode", "prefill")
+        for size, of in result.get(phase, {}).items()
+    ]
+    if not rows:
+        return ""
+    settings = next(result["settings"] for result in results if "settings" in result)
+    where = f"{settings['machine']}, {settings['dtype']}, {settings['threads']} threads"
+    return f"In FactorMix: {where}.\n\n" + _table([("tokens/s", "dense", "this model", "ratio"), *rows])
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])

@@ -1,0 +1,55 @@
+"""Qwen3-MoE: query and key norms by head; softmax over all experts, top K renormalised; none shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from factormix.export.container import Block, Container
+from factormix.export.needs import Needs
+from factormix.export.scoring import Scoring
+
+
+class Qwen3Moe(Container):
+    """For Qwen3 without shared neurons."""
+
+    name = "qwen3_moe"
+    config_class = Qwen3MoeConfig
+    model_class = Qwen3MoeForCausalLM
+    about = "it is Qwen3's own mixture, with its query and key norms"
+    qk_norms = ("head",)
+    biases = ((False, False), (True, True))
+    windows = "all"
+    shared = "no"
+
+    def scoring(self, needs: Needs) -> Scoring:
+        return Scoring("softmax")
+
+    def own_config(self, needs: Needs) -> dict[str, Any]:
+        window = None if needs.cut_context else needs.backbone.window
+        return {
+            "attention_bias": needs.backbone.qkv_bias,
+            "use_sliding_window": window is not None,
+            "sliding_window": window,
+            "num_experts": needs.routed,
+            "num_experts_per_tok": needs.active,
+            "norm_topk_prob": True,
+            "moe_intermediate_size": needs.container_width,
+            "intermediate_size": needs.container_width,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+
+    def tensors(self, block: Block) -> dict[str, Tensor]:
+        return {
+            "mlp.gate.weight": block.router,
+            "mlp.experts.gate_up_proj": block.gate_up,
+            "mlp.experts.down_proj": block.down,
+        }
+
+    def block(self, tensors: Mapping[str, Tensor]) -> Block:
+        names = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+        return Block(*(tensors[name] for name in names))

@@ -1,0 +1,230 @@
+"""GGUF: the container's tensors in llama.cpp's format, for the containers in `ARCHITECTURES`.
+
+Matrices become f16 or q8_0; norms, biases and routers stay F32. llama.cpp rotates pairs of neighbours where
+transformers rotates halves, in the architectures that say `permuted`: their query and key rows are interleaved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from factormix.export.choose import Choice, choose_container
+from factormix.export.container import Block, Container
+from factormix.export.gguf_tokenizer import add_tokenizer
+from factormix.export.needs import Needs
+from factormix.run.errors import FactorMixError
+
+FORMATS = {
+    "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+BLOCK = 32  # numbers in a row that q8_0 scales together
+NAMES = {  # below a layer, transformers' to llama.cpp's
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
+TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A container in llama.cpp.
+
+    Attributes:
+        name: llama.cpp's.
+        permuted: query and key rows are interleaved.
+        describe: adds what this architecture has beside the common fields.
+        rope_scaling: it reads Llama-3's frequency factors.
+        head_size: it reads a head size other than hidden over heads.
+    """
+
+    name: str
+    permuted: bool
+    describe: Callable[[gguf.GGUFWriter, PretrainedConfig], None]
+    rope_scaling: bool = False
+    head_size: bool = False
+
+
+def _granite(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+    if config.shared_intermediate_size:
+        writer.add_expert_shared_feed_forward_length(config.shared_intermediate_size)
+
+
+def _mixtral(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_feed_forward_length(config.intermediate_size)
+
+
+def _qwen3(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
+ARCHITECTURES = {
+    "granite": Architecture("granitemoe", True, _granite, rope_scaling=True),
+    "mixtral": Architecture("llama", True, _mixtral, rope_scaling=True, head_size=True),
+    "qwen3_moe": Architecture("qwen3moe", False, _qwen3, head_size=True),
+}
+
+
+def gguf_problem(container: Container, needs: Needs) -> str | None:
+    """Why llama.cpp would not compute this model's logits, or None: a sentence."""
+    architecture = ARCHITECTURES.get(container.name)
+    backbone = needs.backbone
+    if architecture is None:
+        return f"{container.name} is not written as GGUF; allowed: {', '.join(ARCHITECTURES)}. Export it for vLLM."
+    hidden, heads = backbone.common["hidden_size"], backbone.common["num_attention_heads"]
+    if backbone.head_dim * heads != hidden and not architecture.head_size:
+        return f"llama.cpp's {architecture.name} takes heads of {hidden // heads}, not of {backbone.head_dim}."
+    kind = (backbone.common["rope_parameters"] or {}).get("rope_type", "default")
+    if kind not in ("default", "llama3") or (kind == "llama3" and not architecture.rope_scaling):
+        return f"llama.cpp's {architecture.name} would drop the rope scaling {kind!r}."
+    if backbone.window is not None and not needs.cut_context:
+        return f"llama.cpp's {architecture.name} has no sliding window."
+    if backbone.qkv_bias:
+        return f"llama.cpp's {architecture.name} is not written with attention biases."
+    return None
+
+
+def write_gguf(
+    file: Path,
+    container: Container,
+    config: PretrainedConfig,
+    state: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    quantization: str,
+    name: str,
+) -> None:
+    """Write `state`, a container's, as `file`.
+
+    Args:
+        file: to be made.
+        container: one of `ARCHITECTURES`.
+        config: of the exported model.
+        state: its tensors by transformers' names.
+        tokenizer: goes into the file.
+        quantization: "f16" or "q8_0".
+        name: of the model.
+
+    Raises:
+        FactorMixError: a tokenizer that is not written.
+    """
+    architecture, (kind, file_type) = ARCHITECTURES[container.name], FORMATS[quantization]
+    writer = gguf.GGUFWriter(str(file), architecture.name)
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    _describe(writer, config)
+    architecture.describe(writer, config)
+    add_tokenizer(writer, tokenizer, config.vocab_size)
+    for label, tensor in _tensors(container, config, state, architecture):
+        dtype = kind if tensor.dim() > 1 and "ffn_gate_inp" not in label else gguf.GGMLQuantizationType.F32
+        data = tensor.detach().float().cpu().contiguous().numpy()
+        if dtype == gguf.GGMLQuantizationType.Q8_0 and data.shape[-1] % BLOCK:
+            dtype = gguf.GGMLQuantizationType.F16  # a row that is no whole number of blocks
+        writer.add_tensor(label, gguf.quants.quantize(data, dtype), raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _describe(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_expert_count(config.num_local_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+
+
+def _tensors(
+    container: Container, config: PretrainedConfig, state: Mapping[str, Tensor], architecture: Architecture
+) -> list[tuple[str, Tensor]]:
+    """llama.cpp's names and tensors."""
+    found = [(f"{TOP[n.rpartition('.')[0]]}.weight", t) for n, t in state.items() if n.rpartition(".")[0] in TOP]
+    if config.rope_parameters.get("rope_type") == "llama3":
+        found.append(("rope_freqs.weight", rope_factors(config)))
+    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        for name, tensor in own.items():
+            part, _, kind = name.rpartition(".")
+            if part in NAMES:
+                turned = interleaved(tensor, heads[part]) if architecture.permuted and part in heads else tensor
+                found.append((f"blk.{layer}.{NAMES[part]}.{kind}", turned))
+        found += [(f"blk.{layer}.{name}.weight", tensor) for name, tensor in _ffn(container.block(own)).items()]
+    return found
+
+
+def _ffn(block: Block) -> dict[str, Tensor]:
+    gate, up = block.gate_up.chunk(2, dim=1)  # (R, W, H) each
+    named = {
+        "ffn_gate_inp": block.router, "ffn_gate_exps": gate, "ffn_up_exps": up, "ffn_down_exps": block.down,
+    }  # fmt: skip
+    if block.shared_gate_up is not None and block.shared_down is not None:
+        low, high = block.shared_gate_up.chunk(2)  # (S, H) each
+        named |= {"ffn_gate_shexp": low, "ffn_up_shexp": high, "ffn_down_shexp": block.shared_down}
+    return named
+
+
+def interleaved(weight: Tensor, heads: int) -> Tensor:
+    """Rows of each head, (heads * D, ...), from halves (0, 1, ..., D/2, ...) to pairs (0, D/2, 1, D/2 + 1, ...)."""
+    by_half = weight.view(heads, 2, -1, *weight.shape[1:])  # (heads, 2, D / 2, ...)
+    return by_half.transpose(1, 2).reshape(weight.shape)
+
+
+def rope_factors(config: PretrainedConfig) -> Tensor:
+    """Llama-3's rope scaling as llama.cpp takes it: what each frequency is divided by, (D / 2)."""
+    rope: dict[str, Any] = config.rope_parameters
+    frequencies = 1.0 / rope["rope_theta"] ** (np.arange(0, config.head_dim, 2) / config.head_dim)
+    waves = 2 * math.pi / frequencies
+    context, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = np.clip((context / waves - low) / (high - low), 0.0, 1.0)  # 1 for short waves, which stay
+    return torch.tensor(1.0 / ((1 - smooth) / rope["factor"] + smooth), dtype=torch.float32)
+
+
+def choose_gguf(needs: Needs, approximate: bool) -> Choice:
+    """The container of a GGUF file, its widths padded to whole blocks.
+
+    Raises:
+        FactorMixError: none holds the model, or llama.cpp would compute something else from it.
+    """
+    choice = choose_container(needs, "auto", approximate, ARCHITECTURES)
+    if problem := gguf_problem(choice.container, choice.needs):
+        raise FactorMixError(f"no GGUF: {problem}")
+    return replace(choice, needs=padded(choice.needs))
+
+
+def padded(needs: Needs) -> Needs:
+    """Expert and shared widths in whole blocks, by zero neurons."""
+    width, shared = (-(-n // BLOCK) * BLOCK for n in (needs.width, needs.shared))
+    return replace(needs, width=width, shared=shared)

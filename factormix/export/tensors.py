@@ -1,0 +1,85 @@
+"""From a factored model to a container's state dict: router rows, padded experts, folded weights; all else by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from factormix.export.container import Block, Container
+from factormix.export.gates import Gates
+from factormix.export.needs import Needs
+from factormix.nn import SparseFFN, SparseSpec
+
+FFN = ".mlp."  # where all families of `BACKBONES` have it, below a layer
+
+
+def container_state(model: PreTrainedModel, container: Container, needs: Needs, gates: Gates) -> dict[str, Tensor]:
+    """Every tensor of the exported model by transformers' names; what is not FFN is shared with `model`."""
+    state = {name: tensor for name, tensor in model.state_dict().items() if FFN not in name}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    for layer, ffn in enumerate(model.sparse_ffns().values()):  # type: ignore[operator]
+        named = container.tensors(block(ffn, container, needs, gates, layer))
+        state |= {f"model.layers.{layer}.{name}": tensor for name, tensor in named.items()}
+    if container.qkv_zeros:
+        for name in [n for n in state if n.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]:
+            state.setdefault(name.replace(".weight", ".bias"), state[name].new_zeros(len(state[name])))
+    return state
+
+
+@dataclass(frozen=True)
+class Folded:
+    """What an expert's down projection is multiplied by on its way into a container, and a copied shared one's."""
+
+    expert: float
+    shared: float
+
+
+def folded(spec: SparseSpec, container: Container, needs: Needs, gates: Gates, layer: int) -> Folded:
+    """1 / (the container's weight) x (FactorMix's weight) of an expert."""
+    gain = container.scoring(needs).gain(needs.active, needs.routed)
+    own = {"hard": 1.0, "paper": spec.slices / needs.active, "soft": gates.means[layer] if needs.mean_gate else 1.0}
+    return Folded(gain * own[spec.gate], gain / needs.active)
+
+
+@torch.no_grad()
+def block(ffn: SparseFFN, container: Container, needs: Needs, gates: Gates, layer: int) -> Block:
+    """One sparse FFN as containers have it."""
+    assert ffn.experts is not None and ffn.router is not None  # `read_needs` refuses FFNs that route nothing
+    spec, factor = ffn.spec, folded(ffn.spec, container, needs, gates, layer)
+    gate_up = _widened(getattr(ffn.experts, ffn.experts.up_name), needs.width)  # (R, 2W, H)
+    down = pad(_times(ffn.experts.down_proj, factor.expert), (0, needs.width - spec.width))  # (R, H, W)
+    shared_gate_up = shared_down = None
+    if needs.shared:
+        own = ffn.shared
+        up = gate_up.new_zeros(0, spec.hidden) if own is None else own.up_proj.weight
+        low = gate_up.new_zeros(spec.hidden, 0) if own is None else own.down_proj.weight
+        shared_gate_up = _widened(up, needs.shared)  # (2S, H)
+        shared_down = pad(low, (0, needs.shared - low.shape[1]))  # (H, S)
+    if needs.copy_shared and shared_gate_up is not None and shared_down is not None:
+        routed = len(gate_up)
+        gate_up = _joined(gate_up, shared_gate_up.expand(routed, -1, -1))  # (R, 2(W + S), H)
+        copied = _times(shared_down, factor.shared).expand(routed, -1, -1)  # (R, H, S)
+        down, shared_gate_up, shared_down = torch.cat([down, copied], dim=-1), None, None
+    return Block(gates.rows(ffn.router.weight, layer), gate_up, down, shared_gate_up, shared_down)
+
+
+def _widened(gate_up: Tensor, width: int) -> Tensor:
+    """Zero neurons after gate rows and after up rows: (..., 2W', H) -> (..., 2W, H)."""
+    gate, up = gate_up.chunk(2, dim=-2)  # (..., W', H) each
+    rows = (0, 0, 0, width - gate.shape[-2])
+    return gate_up if not rows[3] else torch.cat([pad(gate, rows), pad(up, rows)], dim=-2)
+
+
+def _joined(one: Tensor, other: Tensor) -> Tensor:
+    """Two gate-up tensors as one: (R, 2W, H), (R, 2S, H) -> (R, 2(W + S), H)."""
+    return torch.cat([half for pair in zip(one.chunk(2, dim=-2), other.chunk(2, dim=-2)) for half in pair], dim=-2)
+
+
+def _times(weight: Tensor, factor: float) -> Tensor:
+    """weight x factor, rounded once; the very tensor where the factor is 1."""
+    return weight if factor == 1.0 else (weight.float() * factor).to(weight.dtype)
