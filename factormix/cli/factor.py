@@ -28,6 +28,7 @@ from factormix.cli.models import (
 from factormix.cli.plan import describe_run
 from factormix.cli.recipe import Recipe, merged
 from factormix.cli.training import result_json
+from factormix.data.text import read_documents, task_texts
 from factormix.evaluate.cost import parameters_per_token
 from factormix.factor.advice import export_advice
 from factormix.factor.config import PRESETS, FactorConfig
@@ -62,6 +63,10 @@ def factor(
     heal_text: Annotated[
         list[str] | None, typer.Option("--heal-text", metavar="FILE", help="text for healing, else the calibration's")
     ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", metavar="FILE", help="a task's examples: calibrate and heal on them, answers included"),
+    ] = None,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     device_map: options.DeviceMap = None,
@@ -76,6 +81,7 @@ def factor(
     """
     started = time.perf_counter()
     flags = {"model": model, "out": out and str(out), "preset": preset, "text": text, "heal_text": heal_text}
+    flags["task"] = task
     plan = Recipe.open(recipe, merged({key: value for key, value in flags.items() if value}, given))
     if not plan.model or not plan.out:
         raise FactorMixError("factor needs MODEL and -o OUT: factormix factor MODEL -o OUT, or a recipe that has both.")
@@ -83,11 +89,13 @@ def factor(
     on = check_compute(dtype, device)
     check_output(plan.out, overwrite)
     options.check_json(json)
-    if not plan.text:
+    if not (plan.text or plan.task):
         say(f"no --text given: calibrating on {DEFAULT_TEXT}.", quiet)
-    paths = locate_text(plan.text or [DEFAULT_TEXT], quiet)
-    heal_paths = locate_text(plan.heal_text, quiet)
-    data = text_hashes([*paths, *heal_paths])  # reads all text: what is wrong with it shows before anything is computed
+    paths = locate_text(plan.text or ([] if plan.task else [DEFAULT_TEXT]), quiet)
+    heal_paths, task_paths = locate_text(plan.heal_text, quiet), locate_text([plan.task] if plan.task else [], quiet)
+    data = text_hashes(
+        [*paths, *task_paths, *heal_paths]
+    )  # reads all text: what is wrong with it shows before anything is computed
     source = locate(plan.model, quiet)
     _check(source, config, dtype, dry_run, quiet)
     if dry_run:
@@ -98,13 +106,17 @@ def factor(
     with record.phase("load"):
         tokenizer = open_tokenizer(source)
         dense = open_model(source, dtype, device, device_map)
+    calibration = [str(path) for path in paths]
+    if task_paths:  # as documents: their answers are no part of the files' texts
+        own = [text for path in paths for text in read_documents(path).plain(tokenizer)]
+        calibration = [text for path in task_paths for text in task_texts(path)] + own
     known = {**data, "model": identity(source, dense.config), "dtype": dtype}
     work = work_directory(plan.out, config, known, overwrite)
     if done := len(list(work.path.glob(STAGES))):
         say(f"resuming: {done} FFNs are done in {str(work.path)!r}.", quiet)
     with work.removed_if_without(STAGES), record.phase("factorize"):
         sparse = factorize(
-            dense, config, [str(path) for path in paths], tokenizer,
+            dense, config, calibration, tokenizer,
             healing=[str(path) for path in heal_paths] or None, keep_dense=config.heal.tokens > 0,
             work=work, quiet=quiet,
         )  # fmt: skip

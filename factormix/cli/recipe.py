@@ -81,6 +81,7 @@ class Recipe(_Recipe):
     model: str | None = option(None, help="the dense model")
     out: str | None = option(None, help="the directory to write")
     text: list[str] = option([], help="calibration text")
+    task: str | None = option(None, help="a task's examples, with their answers, as calibration and healing text")
     heal_text: list[str] = option([], help="text for healing; the calibration text by default")
     preset: str = option("default", help="what the options left open are", choices=tuple(PRESETS))
     config: FactorConfig = option(FactorConfig, help="the other keys of a recipe, at its top level")

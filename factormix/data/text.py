@@ -126,12 +126,35 @@ def read_documents(source: str | Path | Documents | Sequence[str | Path]) -> Doc
     return Documents("text", "text", texts, [{"text": text} for text in texts], digest)
 
 
+def task_texts(path: str | Path) -> list[str]:
+    """A task's examples as plain text with their answers: what a model tailored to the task is to read and say.
+
+    A labelled text is followed by its label on a line of its own, a question with choices by the right one; a prompt
+    holds its first target; plain text is as it is.
+
+    Raises:
+        FactorMixError: as `read_documents`.
+    """
+    documents = read_documents(path)
+    if documents.kind != "labelled":
+        return documents.texts
+    return [f"{record['text']}\n{_answer(record)}" for record in documents.records]
+
+
+def _answer(record: dict[str, Any]) -> str:
+    label, choices = record["label"], record.get("choices")
+    return str(choices[label]) if isinstance(choices, list) and isinstance(label, int) else str(label)
+
+
 def _is_path(item: str | Path) -> bool:
     if isinstance(item, Path):
         return True
     if "\n" in item or "\0" in item or len(item) > 1000:
         return False
-    return item.endswith(_SUFFIXES) or Path(item).is_file()
+    try:
+        return item.endswith(_SUFFIXES) or Path(item).is_file()
+    except OSError:  # longer than a file name may be
+        return False
 
 
 def _read_file(path: Path) -> Documents:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from factormix.show.information import SiteInformation, expert_information
 from factormix.show.pieces import TOKEN_KINDS
 from factormix.show.trace import SiteTrace, Trace
 
@@ -25,6 +26,7 @@ def summarise(found: Trace) -> dict[str, Any]:
     """The JSON of ``factormix show``, as docs/json.md has it."""
     groups = _groups(found)
     everywhere = mean_of_domains(found)
+    information = expert_information(found)
     return {
         "schema_version": SCHEMA_VERSION,
         "tokens": len(found.tokens),
@@ -33,9 +35,13 @@ def summarise(found: Trace) -> dict[str, Any]:
             by: [{"name": name, "tokens": int((member == at).sum())} for at, name in enumerate(names)]
             for by, (names, member) in groups.items()
         },
-        "sites": [_site(site, groups) for site in found.sites],
+        "sites": [_site(site, groups) | {"information": _known(information, site)} for site in found.sites],
         "domains": None if everywhere is None else _site(everywhere, groups),
     }
+
+
+def _known(information: dict[str, SiteInformation], site: SiteTrace) -> dict[str, Any] | None:
+    return information[site.name].to_dict() if site.name in information else None
 
 
 def mean_of_domains(found: Trace) -> SiteTrace | None:

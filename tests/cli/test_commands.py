@@ -246,3 +246,14 @@ def test_quiet_says_nothing_on_stderr(llama: Path, text: Path) -> None:
     loud = CliRunner().invoke(app, [*words, "--dry-run"])
     assert "note: layout S1A1E4" in loud.stderr
     assert CliRunner().invoke(app, [*words, "--quiet"]).stderr == ""
+
+
+def test_factor_for_a_task(run: Run, llama: Path, text: Path) -> None:
+    lines = [{"text": " ".join(f"w{(i * k) % 60}" for k in range(40)), "label": f"w{i % 3}"} for i in range(40)]
+    Path("task.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    run("factor", llama, "-o", "out", "--task", "task.jsonl", *CUT)
+    made = read("out/run.json")
+    assert list(made["data"]) == ["task.jsonl"] and made["config"]["task"] == "task.jsonl"
+    run("factor", llama, "-o", "both", "--task", "task.jsonl", "--text", text, *CUT)
+    assert sorted(read("both/run.json")["data"]) == ["task.jsonl", "words.txt"]
+    assert Path("out/model.factormix.safetensors").read_bytes() != Path("both/model.factormix.safetensors").read_bytes()

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from factormix.data.text import read_documents
+from factormix.data.text import read_documents, task_texts
 from factormix.run.errors import FactorMixError
 
 
@@ -139,3 +139,26 @@ def test_a_chat_is_read_in_the_template_of_the_tokenizer(tmp_path: Path) -> None
     assert (both.kind, both.plain(tokenizer)) == ("text", ["some text", "<user>hi"])
     plain = read_documents(["any text"])
     assert plain.plain(tokenizer) == plain.texts
+
+
+def test_a_task_is_read_with_its_answers(tmp_path):
+    files = {
+        "labelled": '{"text": "a b", "label": "yes"}\n{"text": "c", "label": "no"}\n',
+        "choices": '{"text": "Which?", "choices": ["x", "y"], "label": 1}\n',
+        "prompts": '{"prompt": "Paris is in {}.", "targets": ["France", "Europe"]}\n',
+        "plain": '{"text": "only text"}\n',
+    }
+    read = {}
+    for name, lines in files.items():
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        read[name] = task_texts(tmp_path / f"{name}.jsonl")
+    assert read == {
+        "labelled": ["a b\nyes", "c\nno"],
+        "choices": ["Which?\ny"],
+        "prompts": ["Paris is in France."],
+        "plain": ["only text"],
+    }
+
+
+def test_a_document_longer_than_a_file_name_is_no_path():
+    assert read_documents(["w " * 200, "b"]).texts == ["w " * 200, "b"]
