@@ -75,21 +75,23 @@ class Documents:
         Raises:
             FactorMixError: a chat, and the tokenizer has no template, or its template refuses the messages.
         """
-        if self.kind != "chat":
-            return self.texts
-        if not tokenizer.chat_template:
+        chats = [_kind(record, self.name) == "chat" for record in self.records]
+        if any(chats) and not tokenizer.chat_template:
             raise FactorMixError(
-                f"{self.name} holds chats, and {type(tokenizer).__name__} of this model has no chat template. Give "
-                "plain text, or the chat model's own tokenizer."
+                f"{self.name} holds {sum(chats):,} chats, and {type(tokenizer).__name__} of this model has no chat "
+                "template. Give plain text, or the chat model's own tokenizer."
             )
-        return [_chat(record["messages"], tokenizer, self.name) for record in self.records]
+        return [
+            _chat(record["messages"], tokenizer, self.name) if is_chat else text
+            for record, text, is_chat in zip(self.records, self.texts, chats)
+        ]
 
     def __str__(self) -> str:
         return f"{self.name}: {len(self):,} {self.kind} documents, {sum(map(len, self.texts)):,} characters"
 
 
 def read_documents(source: str | Path | Documents | Sequence[str | Path]) -> Documents:
-    """Read one file or several of the same kind, or take documents given as strings.
+    """Read one file or several of the same kind (chats go with plain text), or take documents given as strings.
 
     Args:
         source: a path, or a list of paths, or a list of strings. In a list, a string that ends in .txt or .jsonl or
@@ -274,12 +276,12 @@ def _join(parts: list[Documents]) -> Documents:
     if len(parts) == 1:
         return parts[0]
     kinds = {part.kind for part in parts}
-    if len(kinds) > 1:
+    if len(kinds) > 1 and kinds != {"text", "chat"}:
         listed = ", ".join(f"{part.name} is {part.kind}" for part in parts)
         raise FactorMixError(f"text files of different kinds: {listed}; give one kind at a time.")
     return Documents(
         "+".join(part.name for part in parts),
-        parts[0].kind,
+        "text" if len(kinds) > 1 else parts[0].kind,
         [text for part in parts for text in part.texts],
         [record for part in parts for record in part.records],
         _sha256_of([part.sha256 for part in parts]),

@@ -127,13 +127,16 @@ def test_a_chat_is_read_in_the_template_of_the_tokenizer(tmp_path: Path) -> None
     template = "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     vocabulary = Tokenizer(models.WordLevel({"hi": 0, "<s>": 1}, unk_token="hi"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=vocabulary, bos_token="<s>")
-    with pytest.raises(FactorMixError, match="a holds chats.*no chat template"):
+    with pytest.raises(FactorMixError, match="a holds 1 chats.*no chat template"):
         chat.plain(tokenizer)
     tokenizer.chat_template = template
     assert chat.plain(tokenizer) == ["<user>hi"]  # without BOS, which every window begins with
     tokenizer.chat_template = "{{ raise_exception('no users') }}"
     with pytest.raises(FactorMixError, match="refuses.*of a: no users"):
         chat.plain(tokenizer)
+    tokenizer.chat_template = template
+    both = read_documents([write(tmp_path / "b.txt", "some text"), tmp_path / "a.jsonl"])
+    assert (both.kind, both.plain(tokenizer)) == ("text", ["some text", "<user>hi"])
     plain = read_documents(["any text"])
     assert plain.plain(tokenizer) == plain.texts
 

@@ -48,7 +48,8 @@ def sparse() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         from transformers import AutoTokenizer
 
         return factormix.load(named, dtype=torch.float32), AutoTokenizer.from_pretrained(named)
-    return factored("llama", "S4A2E8", hidden_size=64, intermediate_size=512, head_dim=16), bytes_tokenizer()
+    size = {"hidden_size": 64, "intermediate_size": 512, "head_dim": 16, "max_position_embeddings": 256}
+    return factored("llama", "S4A2E8", **size), bytes_tokenizer()
 
 
 def prompts_of(model: PreTrainedModel) -> list[list[int]]:
