@@ -95,6 +95,9 @@ def read_needs(model: PreTrainedModel) -> Needs:
             f"{layers - len(specs)} of {layers} FFNs are dense; a container has experts in every layer. Factor all "
             "layers (leave `layers` open)."
         )
+    other = next((spec.router for spec in specs if spec.router != "linear"), None)
+    if other:
+        raise FactorMixError(f"the routers are of kind {other!r}; the router of every container is one linear layer.")
     if not all(spec.gated for spec in specs):
         raise FactorMixError("the FFNs have no gate projection; the experts of every container have one.")
     pruned = [spec.layout for spec in specs if not spec.layout.routed]

@@ -10,6 +10,7 @@ import torch
 
 from factormix import FactorMixError, load
 from factormix.data.packing import Packed
+from factormix.export.needs import read_needs
 from factormix.factor.config import PRESETS, FactorConfig
 from factormix.factor.factorize import factorize, work_directory
 from factormix.nn import SparseFFN
@@ -182,6 +183,9 @@ def test_the_presets_of_other_methods_run_at_the_same_active_fraction(preset: st
     assert kinds == {{"moefication": "MLPRouter", "cmoe": "NeuronRouter"}.get(preset, "NoneType")}
     sparse.save_pretrained(str(tmp_path / "out"))
     assert torch.allclose(tiny_output(load(tmp_path / "out")), tiny_output(sparse), atol=1e-6)
+    if preset in ("moefication", "cmoe") and family == "llama":
+        with pytest.raises(FactorMixError, match="one linear layer"):
+            read_needs(sparse)  # or a container would take its first layer for the whole
 
 
 def test_presets_give_each_method_the_layout_it_knows() -> None:
