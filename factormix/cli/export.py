@@ -14,7 +14,7 @@ from factormix import checkpoint
 from factormix.cli import options
 from factormix.cli.eval import pack_text
 from factormix.cli.models import Source, check_compute, locate, locate_text, open_model, open_tokenizer, text_hashes
-from factormix.data.assets import ASSETS
+from factormix.data.asset_table import ASSETS
 from factormix.data.packing import fitting
 from factormix.data.text import read_documents
 from factormix.run.directory import check_output

@@ -29,7 +29,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from factormix import checkpoint
-from factormix.data.assets import ASSETS, fetch
+from factormix.data.asset_table import ASSETS
+from factormix.data.assets import fetch
 from factormix.data.text import read_documents
 from factormix.ffn.cost import empty_model
 from factormix.run.directory import sha256
