@@ -45,6 +45,7 @@ class AdaptConfig(Config):
         256, help="tokens of an example, longer ones are cut; of plain text, tokens of a window", minimum=8
     )
     lr: float = option(3e-3, help="peak learning rate", minimum=0)
+    gate_lr: float = option(0.03, help="peak learning rate of the gates", minimum=0)
     warmup: float = option(0.1, help="fraction of the steps in which the learning rate rises", minimum=0, maximum=1)
     clip: float = option(1.0, help="gradient norm above which gradients are scaled down", minimum=0)
     weight_decay: float = option(0.05, help="AdamW's weight decay", minimum=0)

@@ -122,7 +122,7 @@ def adapt(
     best = _Best(mix, task, score, every, steps, work)
     mix.set_trainable(True)
     mix.assert_trainable(True, "before training")
-    rates = dict.fromkeys(mix.trained, config.lr)
+    rates = {name: config.gate_lr if ".gate." in name else config.lr for name in mix.trained}
     with tempfile.TemporaryDirectory() as scratch:
         folder = scratch if work is None else work.path / "stage2"
         result = train(
