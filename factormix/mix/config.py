@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from factormix.run.config import Config, option
 from factormix.run.errors import FactorMixError
@@ -68,6 +69,13 @@ class InjectConfig(Config):
     max_minutes: float = option(0.0, help="stop in good order after this long; 0 for never", minimum=0)
     save_steps: int = option(20, help="steps between checkpoints a killed run resumes from", minimum=1)
     seed: int = option(0, help="of the adapters' start, the order of the text and the masks")
+
+    def __post_init__(self) -> None:
+        layers: Any = self.layers
+        if isinstance(layers, int | list | tuple):  # what YAML reads `layers: 7` and `layers: [7, 11]` as
+            every = [layers] if isinstance(layers, int) else layers
+            object.__setattr__(self, "layers", ",".join(map(str, every)))
+        super().__post_init__()
 
     def validate(self) -> None:
         """Ranges, choices, and settings that contradict each other."""

@@ -97,3 +97,8 @@ def test_planning_needs_no_weights() -> None:
     with torch.device("meta"):
         model = BertForMaskedLM(BertConfig(vocab_size=100, hidden_size=384, num_hidden_layers=6, num_attention_heads=6))
     assert plan(model, InjectConfig(form="bottleneck")).specs[1].source == 3072
+
+
+@pytest.mark.parametrize(("given", "layers"), [(7, "7"), ([7, 11], "7,11"), ("7, 11", "7, 11"), ("auto", "auto")])
+def test_layers_as_yaml_reads_them(given: object, layers: str) -> None:
+    assert InjectConfig.from_dict({"layers": given}).layers == layers
