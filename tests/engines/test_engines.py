@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import factormix
 from factormix.export import export_model
-from tests.export.test_gguf import bytes_tokenizer
+from tests.export.test_gguf_file import bytes_tokenizer
 from tests.export.tiny import factored, windows
 
 HERE = Path(__file__).parent
