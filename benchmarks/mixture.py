@@ -15,13 +15,12 @@ import json
 import random
 import shutil
 import statistics
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from factormix.cli.models import locate_text
+from factormix.cli.sweep import run_command
 
 
 def domain_sets(domains: list[str]) -> dict[str, list[str]]:
@@ -47,10 +46,10 @@ def cell(
     file = options.out / f"{name}.json"
     if not file.is_file():
         made = options.out / name
-        command = [sys.executable, "-c", "from factormix.cli.app import main; main()", "adapt", options.model]
+        command = ["adapt", options.model]
         command += ["--task", f"{task}-train", "--test", str(test), "--shots", str(options.shots), "--seed", str(seed)]
         command += ["--domains", ",".join(domains)] if domains else []
-        subprocess.run([*command, "-o", str(made), "--json", f"{file}.new", "--quiet", *options.rest], check=True)
+        run_command([*command, "-o", str(made), "--json", f"{file}.new", "--quiet", *options.rest])
         Path(f"{file}.new").rename(file)
         shutil.rmtree(made)
     metrics: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["metrics"]

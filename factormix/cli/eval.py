@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 from transformers import PreTrainedTokenizerBase
 
 from factormix.cli import options
-from factormix.cli.models import Source, locate, locate_text, open_adapted, open_model, open_tokenizer
+from factormix.cli.models import Source, locate, locate_text, open_adapted, open_model, open_tokenizer, run_json
 from factormix.data.assets import source_of
 from factormix.data.packing import Packed, pack, wants_bos
 from factormix.data.text import Documents, read_documents
@@ -121,10 +120,7 @@ def evaluate(
 
 def in_domain_of(source: Source, documents: dict[str, Documents], quiet: bool) -> list[str]:
     """The texts that come from where the model's calibration and healing came from, by the model's run.json."""
-    file = Path(source.path) / "run.json"
-    if source.hub or not file.is_file():
-        return []
-    data: dict[str, str] = json_module.loads(file.read_text(encoding="utf-8")).get("data") or {}
+    data: dict[str, str] = run_json(source).get("data") or {}
     for stem, each in documents.items():
         if each.sha256 in data.values():
             say(f"note: {stem!r} is the very text that {source.typed!r} was made with; it flatters the model.", quiet)

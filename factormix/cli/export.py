@@ -13,7 +13,16 @@ import typer
 from factormix import checkpoint
 from factormix.cli import options
 from factormix.cli.eval import pack_text
-from factormix.cli.models import Source, check_compute, locate, locate_text, open_model, open_tokenizer, text_hashes
+from factormix.cli.models import (
+    Source,
+    check_compute,
+    locate,
+    locate_text,
+    open_model,
+    open_tokenizer,
+    run_json,
+    text_hashes,
+)
 from factormix.data.asset_table import ASSETS
 from factormix.data.packing import fitting
 from factormix.data.text import read_documents
@@ -72,7 +81,7 @@ def export(
     tokenizer, opened = open_tokenizer(source), open_model(source, dtype)
     window = fitting(WINDOW, opened.config)
     packed = pack_text(read_documents(paths), tokenizer, window, -(-tokens // window) * window, quiet)
-    run = _run_json(source)
+    run = run_json(source)
     named = base or str(run.get("config", {}).get("model", ""))
     origin = Origin(push or out.name, _base_name(named), licence or _licence(named), run, scores)
     exported = export_model(
@@ -102,11 +111,6 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"--results {str(path)!r} is no JSON of eval or bench ({error}); write it with --json."
         ) from error
     return found
-
-
-def _run_json(source: Source) -> Mapping[str, Any]:
-    file = Path(source.path) / "run.json"
-    return _read_json(file) if file.is_file() else {}
 
 
 def _asset(name: str) -> str:

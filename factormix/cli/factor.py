@@ -93,9 +93,8 @@ def factor(
         say(f"no --text given: calibrating on {DEFAULT_TEXT}.", quiet)
     paths = locate_text(plan.text or ([] if plan.task else [DEFAULT_TEXT]), quiet)
     heal_paths, task_paths = locate_text(plan.heal_text, quiet), locate_text([plan.task] if plan.task else [], quiet)
-    data = text_hashes(
-        [*paths, *task_paths, *heal_paths]
-    )  # reads all text: what is wrong with it shows before anything is computed
+    # reads all text: what is wrong with it shows before anything is computed
+    data = text_hashes([*paths, *task_paths, *heal_paths])
     source = locate(plan.model, quiet)
     _check(source, config, dtype, dry_run, quiet)
     if dry_run:

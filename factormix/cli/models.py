@@ -7,6 +7,7 @@ is a FactorMixError: a model never starts with weights that were not in the file
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from factormix import checkpoint
 from factormix.data.asset_table import ASSETS
-from factormix.data.assets import fetch
+from factormix.data.assets import fetch_named
 from factormix.data.text import read_documents
 from factormix.ffn.cost import empty_model
 from factormix.run.directory import sha256
@@ -74,7 +75,7 @@ def locate(name: str, quiet: bool = False) -> Source:
         FactorMixError: nothing of that name, or no model.
     """
     if name.startswith("asset:"):
-        folder = fetch(name.removeprefix("asset:"), quiet=quiet)
+        folder = fetch_named(name, quiet)
         if not (folder / "config.json").is_file():
             models = ", ".join(f"asset:{asset.name}" for asset in ASSETS.values() if asset.kind == "model")
             raise FactorMixError(f"{name!r} is text, not a model; models: {models}.")
@@ -248,7 +249,7 @@ def locate_text(names: Sequence[str], quiet: bool = False) -> list[Path]:
     """The text files that --text names; assets are fetched."""
     paths = []
     for name in names:
-        path = fetch(name.removeprefix("asset:"), quiet=quiet) if name.startswith("asset:") else Path(name)
+        path = fetch_named(name, quiet)
         if path.is_dir() and name.startswith("asset:"):
             files = ", ".join(f"asset:{file.stem}" for file in sorted([*path.glob("*.txt"), *path.glob("*.jsonl")]))
             raise FactorMixError(f"{name!r} is not one text; name one: {files or 'asset:brown-train'}.")
@@ -261,6 +262,21 @@ def text_hashes(paths: Sequence[Path]) -> dict[str, str]:
     files = {path.resolve() for path in paths}
     shared = {name for name, count in Counter(file.name for file in files).items() if count > 1}
     return {str(f) if f.name in shared else f.name: read_documents(f).sha256 for f in sorted(files)}
+
+
+def run_json(source: Source) -> dict[str, Any]:
+    """What made a model: the run.json in its directory; empty where there is none.
+
+    Raises:
+        FactorMixError: a damaged one.
+    """
+    file = Path(source.path) / "run.json"
+    if source.hub or not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise FactorMixError(f"{str(file)!r} does not read: {error}. Remove it, or make the model anew.") from error
 
 
 def identity(source: Source, config: PretrainedConfig) -> str:

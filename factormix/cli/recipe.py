@@ -34,19 +34,24 @@ class _Recipe(Config):
         return next(each.type for each in describe(cls) if each.name == "config")
 
     @classmethod
+    def keys(cls) -> set[str]:
+        """All that such a recipe may hold."""
+        own = {each.name for each in describe(cls)} - {"config"}
+        return own | {each.name for each in describe(cls.config_class())}
+
+    @classmethod
     def split(cls, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The command's own keys, and the config's.
 
         Raises:
             FactorMixError: an unknown key, with the nearest.
         """
-        own = {each.name for each in describe(cls)} - {"config"}
-        known = {each.name for each in describe(cls.config_class())}
+        keys = sorted(cls.keys())
         for key in values:
-            if key not in own | known:
-                keys = sorted(own | known)
+            if key not in keys:
                 raise FactorMixError(f"a recipe has no key {key!r}; its keys: {', '.join(keys)}.{nearest(key, keys)}")
-        return {k: v for k, v in values.items() if k in own}, {k: v for k, v in values.items() if k in known}
+        known = {each.name for each in describe(cls.config_class())}
+        return {k: v for k, v in values.items() if k not in known}, {k: v for k, v in values.items() if k in known}
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> Self:
@@ -133,7 +138,7 @@ def open_any(path: Path) -> tuple[str, Recipe | InjectRecipe | AdaptRecipe]:
         raise FactorMixError(f"recipe {str(path)!r}: {error}") from error
     if keys & {"domain", "knowledge", "retain"}:
         return "inject", InjectRecipe.open(path, {})
-    if keys & {"domains", "task"}:
+    if keys & {"domains", "task"} and not keys & (Recipe.keys() - AdaptRecipe.keys()):  # factor has a `task` too
         return "adapt", AdaptRecipe.open(path, {})
     return "factor", Recipe.open(path, {})
 

@@ -164,7 +164,7 @@ def run_command(words: Sequence[str]) -> None:
     code = subprocess.run([sys.executable, "-c", program, *words], stdout=subprocess.DEVNULL, check=False).returncode
     if code:
         raise FactorMixError(
-            f"`factormix {' '.join(words)}` failed with exit code {code}; give `sweep` again to go on."
+            f"`factormix {' '.join(words)}` failed with exit code {code}; give the same command again to go on."
         )
 
 

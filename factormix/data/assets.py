@@ -63,6 +63,11 @@ def fetch(name: str, cache: str | Path | None = None, quiet: bool = False) -> Pa
     return folder / file
 
 
+def fetch_named(name: str, quiet: bool = False) -> Path:
+    """What a user typed: "asset:NAME" is fetched, anything else is a path of theirs."""
+    return fetch(name.removeprefix("asset:"), quiet=quiet) if name.startswith("asset:") else Path(name)
+
+
 def source_of(stem: str) -> str:
     """Where a text comes from, by the stem of its file: equal for two parts of one collection ("brown-train",
     "brown-heldout"), so that an evaluation knows which texts are of the kind a model was calibrated on."""

@@ -8,14 +8,14 @@ Run it::
 
 A .jsonl file is one of four kinds, found from its first line and the same on every line:
 
-==========  ===================================================  ==============================
-kind        keys                                                 used as plain text
-==========  ===================================================  ==============================
-text        ``{"text": str}``                                    the text
-labelled    ``{"text": str, "label": str or int}``               the text
-knowledge   ``{"prompt": str, "targets": [str, ...]}``           the prompt with its first target
+==========  =====================================================  =================================
+kind        keys                                                   used as plain text
+==========  =====================================================  =================================
+text        ``{"text": str}``                                      the text
+labelled    ``{"text": str, "label": str or int}``                 the text
+knowledge   ``{"prompt": str, "targets": [str, ...]}``             the prompt with its first target
 chat        ``{"messages": [{"role": str, "content": str} ...]}``  see `Documents.plain`
-==========  ===================================================  ==============================
+==========  =====================================================  =================================
 
 In a knowledge prompt ``{}`` marks where the target goes; without it, the target follows the prompt after a space.
 Other keys are kept in `Documents.records` and not used.

@@ -32,7 +32,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from factormix.data.assets import fetch
+from factormix.data.assets import fetch_named
 from factormix.data.labelled import Labelled, read_labelled
 from factormix.data.questions import Question, from_labels, next_sentences
 from factormix.data.text import read_documents
@@ -188,14 +188,10 @@ def _leaves(result: Mapping[str, Any], task: str) -> list[str]:
 
 
 def _questions(config: Mapping[str, Any], limit: int, seed: int, quiet: bool) -> list[Question]:
-    files = [_file(name, quiet) for name in config["data"]]
+    files = [fetch_named(name, quiet) for name in config["data"]]
     if config.get("questions") == "next-sentence":
         return next_sentences(read_documents([str(file) for file in files]).texts, limit, seed)
     return from_labels(_joined(files), config.get("names"), config.get("offered"), limit, seed)
-
-
-def _file(name: str, quiet: bool) -> Path:
-    return fetch(name.removeprefix("asset:"), quiet=quiet) if name.startswith("asset:") else Path(name)
 
 
 def _joined(files: Sequence[Path]) -> Labelled:

@@ -10,12 +10,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
 UNKNOWN_LICENCE = "other"
-PLACES = (
-    "model",
-    "out",
-    "text",
-    "heal_text",
-)  # of run.json's config: where the maker had things, no business of readers
+PLACES = ("model", "out", "text", "heal_text", "task")
+"""Of run.json's config: where the maker had things, no business of readers."""
 
 
 @dataclass(frozen=True)

@@ -176,3 +176,27 @@ class Container(ABC):
             with_one = Layout(1, max(1, layout.active - 1), layout.slices)
             found.append(Problem("must have shared neurons", f"The nearest layout that works is {with_one}."))
         return found
+
+
+ROUTED = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+"""Names below a layer of router, gate-up and down projections, wherever the mixture stands in the FFN's place."""
+
+
+def routed_tensors(block: Block) -> dict[str, Tensor]:
+    """Router and experts by the names of `ROUTED`."""
+    return dict(zip(ROUTED, (block.router, block.gate_up, block.down), strict=True))
+
+
+class Unshared(Container):
+    """A mixture and nothing else: no shared neurons, softmax over all experts, the top K renormalised."""
+
+    shared = "no"
+
+    def scoring(self, needs: Needs) -> Scoring:
+        return Scoring("softmax")
+
+    def tensors(self, block: Block) -> dict[str, Tensor]:
+        return routed_tensors(block)
+
+    def block(self, tensors: Mapping[str, Tensor]) -> Block:
+        return Block(*(tensors[name] for name in ROUTED))

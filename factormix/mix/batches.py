@@ -92,7 +92,7 @@ def stage1_batches(
         window: L, of both.
         tokens: of the run; text beyond is not tokenised, less is read again.
         seed: of the order of documents.
-        general_tokens: most tokens of general text that are packed; by default as many as of knowledge.
+        general_tokens: most tokens of general text that are packed; by default what L_S needs.
         old_every: one micro-batch in so many has general text beside it.
 
     Raises:
@@ -105,7 +105,7 @@ def stage1_batches(
     facts = [fact_of(r["prompt"], target, tokenizer, window) for r in records for target in r["targets"]]
     rows = fact_rows(facts, window, tokenizer.pad_token_id or 0, seed)
     retained = read_documents(general).plain(tokenizer)
-    packed = pack_some(retained, tokenizer, window, general_tokens or tokens, seed + 1)
+    packed = pack_some(retained, tokenizer, window, general_tokens or tokens // old_every, seed + 1)
     return Stage1Batches(windows, rows, packed, window, tokens // window, old_every)
 
 

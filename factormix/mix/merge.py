@@ -67,9 +67,7 @@ def merge_adapters(model: PreTrainedModel, adapters: Sequence[tuple[str | Path, 
     sites = {site.index: site for site in sites_of(model)}
     parts: dict[int, list[FFNWeights]] = {}
     for folder, weight in adapters:
-        found = read_neurons(folder, weight, list(sites.values()))
-        check_base(read_adapter_config(folder).base_ffns, identity_at(model, [sites[i] for i in found]), folder)
-        for index, of_adapter in found.items():
+        for index, of_adapter in read_neurons(model, list(sites.values()), folder, weight).items():
             parts.setdefault(index, []).append(of_adapter)
     extra = {sites[index]: _joined(of_site) for index, of_site in sorted(parts.items())}
     before = model.num_parameters()
@@ -89,22 +87,32 @@ def merge_adapters(model: PreTrainedModel, adapters: Sequence[tuple[str | Path, 
     )
 
 
-def read_neurons(folder: str | Path, weight: float, sites: Sequence[FFNSite]) -> dict[int, FFNWeights]:
+def read_neurons(
+    model: PreTrainedModel, sites: Sequence[FFNSite], folder: str | Path, weight: float
+) -> dict[int, FFNWeights]:
     """The adapters of a directory as neurons of their FFNs, outputs times `weight`, by site index.
 
+    Args:
+        model: the base.
+        sites: all of its FFNs.
+        folder: of the adapter.
+        weight: fixed, of its outputs.
+
     Raises:
-        FactorMixError: not for this model, or not exact as neurons of the FFN.
+        FactorMixError: not for this model, not made on this base, or not exact as neurons of the FFN.
     """
     config = read_adapter_config(folder)
     tensors = read_tensors(Path(folder) / WEIGHTS)
     found: dict[int, FFNWeights] = {}
-    for site in check_shapes(config, sites, folder):
+    beside = check_shapes(config, sites, folder)
+    for site in beside:
         spec = DomainAdapterSpec(**(config.sites or {})[str(site.index)])
         if reason := why_not(spec, site):
             raise FactorMixError(f"adapter {str(folder)!r} does not merge exactly: {reason}.")
         mark = f"base_model.model.{site.name}.mixda_adapters."
         own = {name.removeprefix(mark): tensor for name, tensor in tensors.items() if name.startswith(mark)}
         found[site.index] = _as_neurons(own, spec, weight, folder)
+    check_base(config.base_ffns, identity_at(model, beside), folder)
     return found
 
 

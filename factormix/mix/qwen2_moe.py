@@ -20,8 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from factormix.ffn import FFNSite, FFNWeights, weights
-from factormix.mix.adapter_files import read_adapter_config
-from factormix.mix.base_identity import check_base, identity_at
 from factormix.mix.gate_files import GATE_WEIGHTS, check_domains, read_gate_config
 from factormix.mix.merge import Merged, read_neurons
 from factormix.mix.sizes import sites_of
@@ -67,9 +65,8 @@ def to_qwen2_moe(
         )
     (folder,) = adapters.values()
     sites = sites_of(model)
-    neurons = read_neurons(folder, 2.0, sites)  # 2 sigmoid(w.x) A(x) = sigmoid(w.x) (2 A(x))
+    neurons = read_neurons(model, sites, folder, 2.0)  # 2 sigmoid(w.x) A(x) = sigmoid(w.x) (2 A(x))
     adapted = [site for site in sites if site.index in neurons]
-    check_base(read_adapter_config(folder).base_ffns, identity_at(model, adapted), folder)
     rows = read_tensors(Path(gate) / GATE_WEIGHTS)
     wanted = {f"{site.index}.weight": (1, site.hidden) for site in adapted}
     if {name: tuple(row.shape) for name, row in rows.items()} != wanted:

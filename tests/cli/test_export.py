@@ -13,6 +13,9 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import factormix
+from factormix.cli.recipe import Recipe
+from factormix.export.card import PLACES
+from factormix.run.config import describe
 from factormix.run.directory import sha256
 
 Run = Callable[..., str]
@@ -81,3 +84,8 @@ def test_push(
         seen["made"] == "me/it" and {"README.md", "config.json", "model.safetensors", "factormix.json"} <= seen["files"]
     )
     assert "me/it" in Path("out/README.md").read_text()
+
+
+def test_the_card_leaves_out_all_that_names_the_makers_files() -> None:
+    own = {each.name for each in describe(Recipe)} - {"config", "preset"}
+    assert own == set(PLACES)

@@ -146,6 +146,14 @@ def test_validate_reads_recipes_of_inject_and_adapt(llama: Path, adapter: Path, 
     assert json.loads(Path("v.json").read_text())["recipe"]["epochs"] == 20
 
 
+def test_validate_knows_a_recipe_of_factor_by_its_own_keys(llama: Path, run: Run) -> None:
+    Path("f.yaml").write_text(f"model: {llama}\ntask: t.jsonl\nlayout: S1A1E4\n")  # `task` is a key of adapt too
+    said = run("validate", "f.yaml", "--json", "v.json")
+    assert "# for factormix factor" in said and json.loads(Path("v.json").read_text())["command"] == "factor"
+    Path("again.yaml").write_text(said)
+    assert run("validate", "again.yaml") == said
+
+
 def test_validate_refuses_what_cannot_be(llama: Path, adapter: Path, tmp_path: Path, refused: Run) -> None:
     bert = save_tiny("bert", tmp_path / "bert")
     for lines, message in (

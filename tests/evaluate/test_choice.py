@@ -35,7 +35,7 @@ def test_every_core_task_is_here_and_its_data_are_assets():
 def test_a_task_file_becomes_questions(tmp_path, monkeypatch):
     lines = [{"text": f"text {i}", "label": ("negative", "positive")[i % 4 == 0]} for i in range(40)]
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    monkeypatch.setattr(choice, "fetch", lambda name, quiet: tmp_path / "r.jsonl")
+    monkeypatch.setattr(choice, "fetch_named", lambda name, quiet: tmp_path / "r.jsonl")
     monkeypatch.setattr(choice, "_dataset", lambda questions: questions)
     config = read_task("reviews", limit=10)
     asked = config["custom_dataset"]()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
-from factormix.export.container import Block, Container
+from factormix.export.container import ROUTED, Block, Container, routed_tensors
 from factormix.export.needs import Needs
 from factormix.export.scoring import Scoring
 
@@ -64,17 +64,14 @@ class Glm4Moe(Container):
         pad = -len(gate) % width  # the shared part is whole experts wide
         wide = torch.nn.functional.pad
         return {
-            "mlp.gate.weight": block.router,
+            **routed_tensors(block),
             "mlp.gate.e_score_correction_bias": block.router.new_zeros(len(block.router)),
-            "mlp.experts.gate_up_proj": block.gate_up,
-            "mlp.experts.down_proj": block.down,
             "mlp.shared_experts.gate_proj.weight": wide(gate, (0, 0, 0, pad)),
             "mlp.shared_experts.up_proj.weight": wide(up, (0, 0, 0, pad)),
             "mlp.shared_experts.down_proj.weight": wide(block.shared_down, (0, pad)),
         }
 
     def block(self, tensors: Mapping[str, Tensor]) -> Block:
-        names = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
         gate, up, down = (tensors[f"mlp.shared_experts.{part}_proj.weight"] for part in ("gate", "up", "down"))
-        router, gate_up, experts_down = (tensors[name] for name in names)
+        router, gate_up, experts_down = (tensors[name] for name in ROUTED)
         return Block(router, gate_up, experts_down, torch.cat([gate, up]), down)

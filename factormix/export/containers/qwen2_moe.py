@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from factormix.export.container import Block, Container
+from factormix.export.container import ROUTED, Block, Container, routed_tensors
 from factormix.export.needs import Needs
 from factormix.export.scoring import Scoring
 
@@ -61,9 +61,7 @@ class Qwen2Moe(Container):
             gate_up, down = block.down.new_zeros(2 * LEAST_SHARED, hidden), block.down.new_zeros(hidden, LEAST_SHARED)
         gate, up = gate_up.chunk(2)  # (S, H) each
         return {
-            "mlp.gate.weight": block.router,
-            "mlp.experts.gate_up_proj": block.gate_up,
-            "mlp.experts.down_proj": block.down,
+            **routed_tensors(block),
             "mlp.shared_expert.gate_proj.weight": gate,
             "mlp.shared_expert.up_proj.weight": up,
             "mlp.shared_expert.down_proj.weight": 2 * down,
@@ -71,8 +69,7 @@ class Qwen2Moe(Container):
         }
 
     def block(self, tensors: Mapping[str, Tensor]) -> Block:
-        names = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
         gate, up = (tensors[f"mlp.shared_expert.{half}_proj.weight"] for half in ("gate", "up"))
         down = tensors["mlp.shared_expert.down_proj.weight"] / 2
-        router, gate_up, experts_down = (tensors[name] for name in names)
+        router, gate_up, experts_down = (tensors[name] for name in ROUTED)
         return Block(router, gate_up, experts_down, torch.cat([gate, up]), down)

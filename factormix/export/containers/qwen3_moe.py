@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from factormix.export.container import Block, Container
+from factormix.export.container import Unshared
 from factormix.export.needs import Needs
-from factormix.export.scoring import Scoring
 
 
-class Qwen3Moe(Container):
+class Qwen3Moe(Unshared):
     """For Qwen3 without shared neurons."""
 
     name = "qwen3_moe"
@@ -23,10 +20,6 @@ class Qwen3Moe(Container):
     qk_norms = ("head",)
     biases = ((False, False), (True, True))
     windows = "all"
-    shared = "no"
-
-    def scoring(self, needs: Needs) -> Scoring:
-        return Scoring("softmax")
 
     def own_config(self, needs: Needs) -> dict[str, Any]:
         window = None if needs.cut_context else needs.backbone.window
@@ -42,14 +35,3 @@ class Qwen3Moe(Container):
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
         }
-
-    def tensors(self, block: Block) -> dict[str, Tensor]:
-        return {
-            "mlp.gate.weight": block.router,
-            "mlp.experts.gate_up_proj": block.gate_up,
-            "mlp.experts.down_proj": block.down,
-        }
-
-    def block(self, tensors: Mapping[str, Tensor]) -> Block:
-        names = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-        return Block(*(tensors[name] for name in names))
