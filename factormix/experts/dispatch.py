@@ -1,10 +1,12 @@
-"""Which path runs: by the number of tokens, whether gradients are wanted, and whether torch.compile is tracing."""
+"""Which path runs: the C++ operator where it serves; else by the number of tokens and whether gradients are wanted.
+Where torch.compile is tracing, all of it is one opaque operator."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from factormix.experts import native
 from factormix.experts.grouped import grouped
 from factormix.experts.packed import PackedExperts
 from factormix.experts.tokenwise import tokenwise
@@ -30,6 +32,8 @@ def run_experts(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: Packed
 
 
 def _eager(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: PackedExperts) -> Tensor:
+    if native.serves(x, [experts]):
+        return native.decode(x, chosen, scale, experts, None)
     few = len(x) <= DECODE_TOKENS and x.device.type == "cpu"
     if few and not torch.is_grad_enabled():
         return tokenwise(x, chosen, scale, experts)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from factormix.experts import PackedExperts, dispatch, run_experts
+from factormix.experts import PackedExperts, dispatch, native, run_experts
 from factormix.experts.grouped import grouped
 from factormix.experts.packed import activation
 from factormix.experts.reference import reference
@@ -187,6 +187,7 @@ def test_dispatch_by_tokens(count: int, used: str, monkeypatch: pytest.MonkeyPat
     for name in ("tokenwise", "grouped"):
         own = PATHS[name]
         monkeypatch.setattr(dispatch, name, lambda *a, _own=own, _name=name: (calls.append(_name), _own(*a))[1])
+    monkeypatch.setattr(native, "most_tokens", lambda: 0)
     experts = packed(4, 5, 6, gated=True, biased=False)
     with torch.no_grad():
         run_experts(*tokens(count, 6, 4, 2, False), experts)
