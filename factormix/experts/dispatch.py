@@ -11,7 +11,7 @@ from factormix.experts.grouped import grouped
 from factormix.experts.packed import PackedExperts
 from factormix.experts.tokenwise import tokenwise
 
-DECODE_TOKENS = 4  # up to this many tokens, matrix-vector products beat grouping (benchmarks/experts.py)
+DECODE_TOKENS = 4  # up to this many tokens, PyTorch's matrix-vector products beat grouping
 
 
 def run_experts(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: PackedExperts) -> Tensor:

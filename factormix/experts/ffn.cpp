@@ -34,6 +34,8 @@ namespace {
 #endif
 
 constexpr int kLean = 8;      // tokens for which a row is multiplied as it lies, at most
+constexpr int kScored = 4;    // tokens that are scored together
+constexpr int64_t kAhead = 2048;  // bytes
 constexpr int kLanes = 16;    // float32 to a vector
 constexpr int kPanel = 64;    // tokens that share one read of a row, at most
 constexpr int kChunk = 1024;  // tokens that are grouped at a time: bounds the scratch memory
@@ -147,11 +149,11 @@ namespace avx512_bf16 {
 #endif
 
 struct Level {
-  void (*score)(const Ffn&, int64_t, float*);
+  void (*score)(const Ffn&, int64_t, int64_t, float*);
   void (*step)(const Ffn&, const Task*, int64_t, int64_t, Scratch&);
 };
 
-#define LEVEL(name) {name::score_token, name::step}
+#define LEVEL(name) {name::score, name::step}
 const Level kLevels[] = {
     LEVEL(baseline),
 #ifdef SETS
@@ -293,12 +295,10 @@ void route(const Call& c, int64_t begin, int64_t end, float* scores, int threads
   Ffn f = ffn(c);
   f.input = c.x;
   parallel((end - begin) * c.routed * c.hidden < kSerial * 4 ? 1 : threads, [&](int64_t me, int64_t all) {
-    const int64_t n = end - begin;
-    for (int64_t t = begin + n * me / all; t < begin + n * (me + 1) / all; ++t) {
-      float* z = scores + (t - begin) * c.routed;
-      kLevels[level].score(f, t, z);
-      choose(z, c.routed, c.active, c.chosen + t * c.active);
-    }
+    const int64_t n = end - begin, first = begin + n * me / all, last = begin + n * (me + 1) / all;
+    float* z = scores + (first - begin) * c.routed;
+    kLevels[level].score(f, first, last, z);
+    for (int64_t t = first; t < last; ++t, z += c.routed) choose(z, c.routed, c.active, c.chosen + t * c.active);
   });
 }
 

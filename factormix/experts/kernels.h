@@ -125,6 +125,9 @@ INLINE const Bf16* as(const int8_t* w, Bf16* room, int64_t n) {  // exact: 8 bit
 
 // ---- up to 8 tokens: each row is read once, where it lies, for all the tokens that want it
 
+// The processor's own prefetching starts anew at each short row and block; the rows behind this one are wanted next.
+INLINE void ahead(const void* w, int64_t line) { __builtin_prefetch(static_cast<const char*>(w) + line + kAhead); }
+
 // The sum over lanes of sum[t] is w . x[t], for N tokens at a time.
 template <int N, typename W>
 INLINE void multiply(const W* w, const float* const* x, int64_t n, Lanes* sum) {
@@ -132,6 +135,7 @@ INLINE void multiply(const W* w, const float* const* x, int64_t n, Lanes* sum) {
   int64_t i = 0;
   for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
     Lanes a, b, c, d;
+    for (size_t line = 0; line < sizeof(W) * 2 * kLanes; line += 64) ahead(w + i, line);
     load(w + i, a);
     load(w + i + kLanes, b);
     UNROLL for (int t = 0; t < N; ++t) {
@@ -155,6 +159,7 @@ INLINE void multiply(const Bf16* w, const Bf16* const* x, int64_t n, Lanes* sum)
   UNROLL for (int t = 0; t < N; ++t) even[t] = odd[t] = _mm512_setzero_ps();
   int64_t i = 0;
   for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    ahead(w + i, 0), ahead(w + i, 64);
     const __m512bh a = (__m512bh)_mm512_loadu_si512(w + i), b = (__m512bh)_mm512_loadu_si512(w + i + 2 * kLanes);
     UNROLL for (int t = 0; t < N; ++t) {
       even[t] = _mm512_dpbf16_ps(even[t], a, (__m512bh)_mm512_loadu_si512(x[t] + i));
@@ -179,6 +184,7 @@ INLINE void multiply(const int8_t* w, const Bf16* const* x, int64_t n, Lanes* su
   __m512 all[N];
   UNROLL for (int t = 0; t < N; ++t) all[t] = _mm512_setzero_ps();
   for (int64_t i = 0; i < n; i += 2 * kLanes) {
+    ahead(w + i, 0);
     const __mmask32 mask = n - i >= 32 ? ~0u : (1u << (n - i)) - 1;
     const __m256i bytes = _mm256_maskz_loadu_epi8(mask, w + i);
     const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
@@ -307,14 +313,19 @@ NOINLINE void lean_outputs(const Ffn& f, const Block& b, int64_t begin, int64_t 
 
 // ---- more tokens: 16 of them side by side in a vector; a tile of rows times one or two such groups stays in registers
 
-// out[r * G + g] = the R rows times group g; x holds the groups one behind the other, (n, 16) each.
+// out[r * G + g] = the R rows times group g; x holds the groups one behind the other, (n, 16) each. The rows of the
+// next tile, `next` numbers on, are fetched into the second-level cache meanwhile.
 template <int R, int G>
-INLINE void tile(const float* const* w, const float* x, int64_t n, Lanes* out) {
+INLINE void tile(const float* const* w, const float* x, int64_t n, int64_t next, Lanes* out) {
   Lanes sum[R][G] = {};
-  for (int64_t i = 0; i < n; ++i) {
-    Lanes v[G];
-    UNROLL for (int g = 0; g < G; ++g) load(x + (g * n + i) * kLanes, v[g]);
-    UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) sum[r][g] += v[g] * w[r][i];
+  for (int64_t from = 0; from < n; from += kLanes) {
+    UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + from + next, 0, 2);
+    const int64_t to = std::min(n, from + kLanes);
+    for (int64_t i = from; i < to; ++i) {
+      Lanes v[G];
+      UNROLL for (int g = 0; g < G; ++g) load(x + (g * n + i) * kLanes, v[g]);
+      UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) sum[r][g] += v[g] * w[r][i];
+    }
   }
   UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) out[r * G + g] = sum[r][g];
 }
@@ -322,17 +333,21 @@ INLINE void tile(const float* const* w, const float* x, int64_t n, Lanes* out) {
 #if PAIRS
 // The same for pairs of bfloat16: x is (n / 2, 16) words, neighbours of a row in one word.
 template <int R, int G>
-INLINE void tile(const Bf16* const* w, const float* x, int64_t n, Lanes* out) {
+INLINE void tile(const Bf16* const* w, const float* x, int64_t n, int64_t next, Lanes* out) {
   __m512 sum[R][G];
   UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) sum[r][g] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n / 2; ++i) {
-    __m512bh v[G];
-    UNROLL for (int g = 0; g < G; ++g) v[g] = (__m512bh)_mm512_loadu_si512(x + (g * (n / 2) + i) * kLanes);
-    UNROLL for (int r = 0; r < R; ++r) {
-      int pair;
-      std::memcpy(&pair, w[r] + 2 * i, sizeof pair);
-      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-      UNROLL for (int g = 0; g < G; ++g) sum[r][g] = _mm512_dpbf16_ps(sum[r][g], v[g], both);
+  for (int64_t from = 0; from < n / 2; from += kLanes) {
+    UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + 2 * from + next, 0, 2);
+    const int64_t to = std::min(n / 2, from + kLanes);
+    for (int64_t i = from; i < to; ++i) {
+      __m512bh v[G];
+      UNROLL for (int g = 0; g < G; ++g) v[g] = (__m512bh)_mm512_loadu_si512(x + (g * (n / 2) + i) * kLanes);
+      UNROLL for (int r = 0; r < R; ++r) {
+        int pair;
+        std::memcpy(&pair, w[r] + 2 * i, sizeof pair);
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        UNROLL for (int g = 0; g < G; ++g) sum[r][g] = _mm512_dpbf16_ps(sum[r][g], v[g], both);
+      }
     }
   }
   UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) out[r * G + g] = (Lanes)sum[r][g];
@@ -340,33 +355,33 @@ INLINE void tile(const Bf16* const* w, const float* x, int64_t n, Lanes* out) {
 #endif
 
 template <int R, typename C>
-NOINLINE void tiles(const C* const* w, const float* x, int groups, int64_t n, Lanes* out) {  // out (R, groups)
+NOINLINE void tiles(const C* const* w, const float* x, int groups, int64_t n, int64_t next, Lanes* out) {  // out (R, groups)
   const int64_t words = sizeof(C) == 2 ? n / 2 : n;
   int g = 0;
 #if GROUPS == 2
   for (; g + 2 <= groups; g += 2) {
     Lanes part[R * 2];
-    tile<R, 2>(w, x + g * words * kLanes, n, part);
+    tile<R, 2>(w, x + g * words * kLanes, n, next, part);
     for (int r = 0; r < R; ++r) out[r * groups + g] = part[2 * r], out[r * groups + g + 1] = part[2 * r + 1];
   }
 #endif
   for (; g < groups; ++g) {
     Lanes part[R];
-    tile<R, 1>(w, x + g * words * kLanes, n, part);
+    tile<R, 1>(w, x + g * words * kLanes, n, next, part);
     for (int r = 0; r < R; ++r) out[r * groups + g] = part[r];
   }
 }
 
 template <typename C>
-INLINE void tiles(int rows, const C* const* w, const float* x, int groups, int64_t n, Lanes* out) {
+INLINE void tiles(int rows, const C* const* w, const float* x, int groups, int64_t n, int64_t next, Lanes* out) {
   switch (rows) {
-    case ROWS: return tiles<ROWS>(w, x, groups, n, out);
+    case ROWS: return tiles<ROWS>(w, x, groups, n, next, out);
 #if ROWS > 8
-    case 8: return tiles<8>(w, x, groups, n, out);
+    case 8: return tiles<8>(w, x, groups, n, next, out);
 #endif
-    case 4: return tiles<4>(w, x, groups, n, out);
-    case 2: return tiles<2>(w, x, groups, n, out);
-    default: return tiles<1>(w, x, groups, n, out);
+    case 4: return tiles<4>(w, x, groups, n, next, out);
+    case 2: return tiles<2>(w, x, groups, n, next, out);
+    default: return tiles<1>(w, x, groups, n, next, out);
   }
 }
 
@@ -421,7 +436,7 @@ INLINE void many_neurons(const Ffn& f, const Task& task, Scratch& s) {
       const int64_t at = r < n ? j + r : b.width + j + r - n;
       w[r] = as(static_cast<const W*>(b.up) + at * f.hidden, room + r * f.hidden, f.hidden);
     }
-    tiles(rows, w, s.panel, groups, f.hidden, out);
+    tiles(rows, w, s.panel, groups, f.hidden, n * f.hidden, out);
     for (int g = 0; g < groups; ++g) {
       Lanes factor, low = {};
       load(weight + g * kLanes, factor);
@@ -465,7 +480,7 @@ INLINE void many_outputs(const Ffn& f, int64_t begin, int64_t end, Scratch& s) {
           const C* w[ROWS];
           for (int q = 0; q < rows; ++q)
             w[q] = as(static_cast<const W*>(b.down) + (i + r + q) * b.width, room + q * b.width, b.width);
-          tiles(rows, w, h, groups, b.width, out + r * groups);
+          tiles(rows, w, h, groups, b.width, rows * b.width, out + r * groups);
           if (b.scale_down)
             for (int q = 0; q < rows * groups; ++q) out[r * groups + q] *= b.down_scale(i + r + q / groups);
           r += rows;
@@ -494,53 +509,52 @@ INLINE void many_outputs(const Ffn& f, int64_t begin, int64_t end, Scratch& s) {
 // ---- scores of experts
 
 typedef double Doubles __attribute__((vector_size(64)));
-typedef float Eight __attribute__((vector_size(32)));
-typedef uint16_t EightHalves __attribute__((vector_size(16)));
-typedef uint32_t EightWords __attribute__((vector_size(32)));
 
-INLINE Doubles wide(const float* p) {
-  Eight v;
-  std::memcpy(&v, p, sizeof v);
-  return __builtin_convertvector(v, Doubles);
-}
-INLINE Doubles wide(const Bf16* p) {
-  EightHalves h;
-  std::memcpy(&h, p, sizeof h);
-  return __builtin_convertvector(reinterpret_cast<Eight>(__builtin_convertvector(h, EightWords) << 16), Doubles);
+NOINLINE void widened(const void* from, bool bf16, int64_t n, double* to) {
+  for (int64_t i = 0; i < n; ++i)
+    to[i] = bf16 ? value(static_cast<const Bf16*>(from) + i) : value(static_cast<const float*>(from) + i);
 }
 
-// Scores of one token, for 4 experts at a time; each sum is made in one order, whatever the batch.
-template <typename X, typename W>
-INLINE void score(const X* x, const W* w, int64_t n, int64_t experts, float* z) {
+// z[t * experts + e] for N tokens, 4 experts at a time; each sum is made in one order, whatever the batch.
+template <int N>
+NOINLINE void scores(const double* x, const double* w, int64_t n, int64_t experts, float* z) {
   for (int64_t e = 0; e < experts; e += 4) {
-    const int64_t m = std::min<int64_t>(4, experts - e);
-    const W* at[4];
-    for (int r = 0; r < 4; ++r) at[r] = w + (e + (r < m ? r : 0)) * n;
-    Doubles sum[4] = {};
+    const double* at[4];
+    for (int r = 0; r < 4; ++r) at[r] = w + std::min(e + r, experts - 1) * n;
+    Doubles sum[N][4] = {};
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
-      const Doubles v = wide(x + i);
-      UNROLL for (int r = 0; r < 4; ++r) sum[r] += v * wide(at[r] + i);
+      Doubles v[N], u;
+      UNROLL for (int t = 0; t < N; ++t) std::memcpy(&v[t], x + t * n + i, sizeof v[t]);
+      UNROLL for (int r = 0; r < 4; ++r) {
+        std::memcpy(&u, at[r] + i, sizeof u);
+        UNROLL for (int t = 0; t < N; ++t) sum[t][r] += v[t] * u;
+      }
     }
-    for (int64_t r = 0; r < m; ++r) {
-      double total = 0;
-      for (int l = 0; l < 8; ++l) total += sum[r][l];
-      for (int64_t j = i; j < n; ++j) total += static_cast<double>(value(x + j)) * value(at[r] + j);
-      z[e + r] = static_cast<float>(total);
-    }
+    for (int t = 0; t < N; ++t)
+      for (int64_t r = 0; r < std::min<int64_t>(4, experts - e); ++r) {
+        double total = 0;
+        for (int l = 0; l < 8; ++l) total += sum[t][r][l];
+        for (int64_t j = i; j < n; ++j) total += x[t * n + j] * at[r][j];
+        z[t * experts + e + r] = static_cast<float>(total);
+      }
   }
 }
 
 // ---- the doors
 
-void score_token(const Ffn& f, int64_t t, float* z) {
-  const int64_t n = f.hidden, at = t * n;
-  const auto* half = static_cast<const Bf16*>(f.input);
-  const auto* full = static_cast<const float*>(f.input);
-  const auto* w16 = static_cast<const Bf16*>(f.router);
-  const auto* w32 = static_cast<const float*>(f.router);
-  if (f.bf16) f.router_bf16 ? score(half + at, w16, n, f.routed, z) : score(half + at, w32, n, f.routed, z);
-  else f.router_bf16 ? score(full + at, w16, n, f.routed, z) : score(full + at, w32, n, f.routed, z);
+// Scores of tokens begin to end, (tokens, R).
+void score(const Ffn& f, int64_t begin, int64_t end, float* z) {
+  const int64_t n = f.hidden;
+  std::vector<double> room((f.routed + kScored) * n);
+  double *w = room.data(), *x = w + f.routed * n;
+  widened(f.router, f.router_bf16, f.routed * n, w);
+  for (int64_t t = begin; t < end; z += std::min<int64_t>(kScored, end - t) * f.routed, t += kScored) {
+    const bool whole = end - t >= kScored;
+    widened(static_cast<const char*>(f.input) + t * n * (f.bf16 ? 2 : 4), f.bf16, std::min<int64_t>(kScored, end - t) * n, x);
+    if (whole) scores<kScored>(x, w, n, f.routed, z);
+    else for (int64_t q = 0; q < end - t; ++q) scores<1>(x + q * n, w, n, f.routed, z + q * f.routed);
+  }
 }
 
 template <typename W, typename C>
