@@ -2,12 +2,12 @@
 //
 //     y_t = F_shared(x_t) + sum over the K chosen i of s_ti * E_i(x_t)
 //
-// Tokens are grouped by expert and nothing is copied but the tokens. Up to 4 tokens cost the bytes they read: each chosen
-// row is read once, where it lies. More tokens stand side by side in vectors, and tiles of rows are multiplied with them
-// in registers, so a row is read once for up to 64 tokens, and the neurons come out laid out as the down projection wants
-// them. Sums are float32 for every weight dtype. Two steps, neurons then outputs, in one parallel region; a token's sums
-// are made in one order, whatever stands beside it. Plain C++ without torch's headers: for any version of torch. No ISA
-// flags: kernels.h is compiled for several instruction sets, and the processor picks at run time.
+// Tokens are grouped by expert and nothing is copied but the tokens. An expert's up to 8 tokens cost the bytes they
+// read: each row is read once, where it lies. More tokens stand side by side in vectors, and tiles of rows are
+// multiplied with them in registers: a row is read once for up to 64 tokens, and the neurons come out laid out as the
+// down projection wants them. Sums are float32 for every weight dtype. Two steps, neurons then outputs, in one parallel
+// region. Plain C++ without torch's headers: for any version of torch. No ISA flags: kernels.h is compiled for several
+// instruction sets, and the processor picks at run time.
 
 #include <algorithm>
 #include <atomic>
@@ -45,14 +45,12 @@ typedef float Lanes __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
-typedef int8_t Bytes __attribute__((vector_size(kLanes)));
 
 struct Bf16 {
   uint16_t bits;
 };
 
 INLINE float value(const float* p) { return *p; }
-INLINE float value(const int8_t* p) { return *p; }
 INLINE float value(const Bf16* p) {
   const uint32_t w = static_cast<uint32_t>(p->bits) << 16;
   float f;
@@ -66,22 +64,18 @@ INLINE Bf16 bf16_of(float f) {  // to the nearest, ties to even
 }
 
 enum Activation : int { kSilu, kGelu, kGeluTanh, kRelu };
-enum Weights : int { kFloat, kBf16, kInt8 };
 enum Gate : int { kGiven, kConstant, kSigmoid };
 
 // One expert, or the shared neurons, and the tokens that want it.
 struct Block {
   const void *up, *down;            // (rows, H), (H, width)
   const void* up_bias;              // (rows), float32 or bfloat16 as x, or null
-  const float *scale_up, *scale_down;  // (rows), (H) of int8 weights, or null
-  int64_t width, first, first_h;    // first: of its neurons among those of all blocks; first_h: in Ffn::h
+  int64_t width, first_h;           // first_h: where its neurons begin in Ffn::h
   int tokens;
   bool lean;
   const int* token;
   const float* weight;
 
-  INLINE float up_scale(int64_t row) const { return scale_up ? scale_up[row] : 1.0f; }
-  INLINE float down_scale(int64_t row) const { return scale_down ? scale_down[row] : 1.0f; }
   INLINE float bias(int64_t row, bool bf16) const {
     if (!up_bias) return 0.0f;
     return bf16 ? value(static_cast<const Bf16*>(up_bias) + row) : value(static_cast<const float*>(up_bias) + row);
@@ -93,7 +87,7 @@ struct Ffn {
   float* y;           // (T, H)
   const void* router;
   int64_t tokens, hidden, routed;
-  int kind, weights;
+  int kind;
   bool gated, bf16, router_bf16;
   bool few, pairs;  // all blocks lean and added up in registers; bfloat16 multiplied as such
   int panel;  // tokens, a multiple of 16
@@ -175,7 +169,6 @@ int best() {
 }
 
 int level = best();
-int lean_tokens = kLean;
 
 // Memory that a thread keeps from call to call, unless it is much.
 struct Kept {
@@ -208,9 +201,9 @@ void wait_for_all() {
 }
 
 void run(Ffn& f, int64_t neurons, int threads) {
-  f.pairs = level == 3 && f.bf16 && f.weights != kFloat;
-  for (Block& b : f.blocks) b.lean = b.tokens <= lean_tokens;
-  f.few = f.tokens <= lean_tokens;
+  f.pairs = level == 3 && f.bf16;
+  for (Block& b : f.blocks) b.lean = b.tokens <= kLean;
+  f.few = f.tokens <= kLean;
   for (const Block& b : f.blocks)  // tiles of pairs need whole pairs
     f.pairs = f.pairs && (b.lean || (b.width % 2 == 0 && f.hidden % 2 == 0));
   const int64_t each = f.pairs ? 2 : 4;
@@ -243,7 +236,8 @@ void run(Ffn& f, int64_t neurons, int threads) {
     s.rows = s.panel + f.panel * f.hidden;
     for (size_t i; (i = up++) < tasks.size();) at.step(f, &tasks[i], 0, 0, s);
     wait_for_all();
-    for (int64_t i; (i = down.fetch_add(columns)) < f.hidden;) at.step(f, nullptr, i, std::min(f.hidden, i + columns), s);
+    for (int64_t i; (i = down.fetch_add(columns)) < f.hidden;)
+      at.step(f, nullptr, i, std::min(f.hidden, i + columns), s);
     kept_mine.leave();
   });
 }
@@ -276,8 +270,7 @@ struct Call {
   const float* weights;  // (T, K) of gate kGiven, or null for 1
   const void *up, *down, *up_bias;                       // (R, rows, H), (R, H, W), (R, rows)
   const void *shared_up, *shared_down, *shared_up_bias;  // the same for one expert
-  const float *up_scale, *down_scale, *shared_up_scale, *shared_down_scale;  // of int8 weights: (R, rows), (R, H)
-  int64_t tokens, hidden, routed, active, width, shared_width, bf16, router_bf16, kind, store, gated, gate, threads;
+  int64_t tokens, hidden, routed, active, width, shared_width, bf16, router_bf16, kind, gated, gate, threads;
   double factor;  // of gate kConstant
 };
 
@@ -285,7 +278,7 @@ namespace {
 
 Ffn ffn(const Call& c) {
   Ffn f{};
-  f.hidden = c.hidden, f.routed = c.routed, f.kind = static_cast<int>(c.kind), f.weights = static_cast<int>(c.store);
+  f.hidden = c.hidden, f.routed = c.routed, f.kind = static_cast<int>(c.kind);
   f.gated = c.gated, f.bf16 = c.bf16, f.router = c.router, f.router_bf16 = c.router_bf16;
   return f;
 }
@@ -304,7 +297,7 @@ void route(const Call& c, int64_t begin, int64_t end, float* scores, int threads
 
 // Tokens begin to end, from the choice on. False for an expert that does not exist or that a token has twice.
 bool mix(const Call& c, int64_t begin, int64_t end, const float* scores, int threads) {
-  const int64_t size = c.bf16 ? 2 : 4, store = c.store == kFloat ? 4 : c.store == kBf16 ? 2 : 1;
+  const int64_t size = c.bf16 ? 2 : 4;
   const int64_t rows = (c.gated ? 2 : 1) * c.width, n = end - begin, pairs = n * c.active;
   Ffn f = ffn(c);
   f.tokens = n;
@@ -334,23 +327,21 @@ bool mix(const Call& c, int64_t begin, int64_t end, const float* scores, int thr
       else if (c.weights) weight[at] = c.weights[(begin + t) * c.active + k];
     }
   int64_t neurons = 0;
-  auto add = [&](const void* up, const void* down, const void* bias, const float* su, const float* sd, int64_t e,
-                 int64_t r, int64_t width, int count, const int* tokens, const float* weights) {
-    auto part = [](const void* p, int64_t bytes) { return p ? static_cast<const char*>(p) + bytes : nullptr; };
-    f.blocks.push_back({part(up, e * r * c.hidden * store), part(down, e * c.hidden * width * store),
-                        part(bias, e * r * size), su ? su + e * r : nullptr, sd ? sd + e * c.hidden : nullptr, width,
-                        neurons, 0, count, false, tokens, weights});
+  auto add = [&](const void* up, const void* down, const void* bias, int64_t e, int64_t r, int64_t width, int count,
+                 const int* tokens, const float* weights) {
+    auto part = [&](const void* p, int64_t at) { return p ? static_cast<const char*>(p) + at * size : nullptr; };
+    const void *own_up = part(up, e * r * c.hidden), *own_down = part(down, e * c.hidden * width);
+    f.blocks.push_back({own_up, own_down, part(bias, e * r), width, 0, count, false, tokens, weights});
     neurons += width;
   };
   if (c.shared_up) {
     for (int64_t t = 0; t < n; ++t) token[pairs + t] = static_cast<int>(t);
-    add(c.shared_up, c.shared_down, c.shared_up_bias, c.shared_up_scale, c.shared_down_scale, 0, 0, c.shared_width,
-        static_cast<int>(n), &token[pairs], &weight[pairs]);
+    add(c.shared_up, c.shared_down, c.shared_up_bias, 0, 0, c.shared_width, static_cast<int>(n), &token[pairs],
+        &weight[pairs]);
   }
   for (int64_t e = 0; e < c.routed; ++e)
     if (start[e + 1] > start[e])
-      add(c.up, c.down, c.up_bias, c.up_scale, c.down_scale, e, rows, c.width, start[e + 1] - start[e],
-          &token[start[e]], &weight[start[e]]);
+      add(c.up, c.down, c.up_bias, e, rows, c.width, start[e + 1] - start[e], &token[start[e]], &weight[start[e]]);
 
   run(f, neurons, threads);
   kept_all.leave();
@@ -385,4 +376,3 @@ extern "C" int64_t factormix_level(int64_t wanted) {
   if (wanted >= 0 && wanted <= best()) level = static_cast<int>(wanted);
   return level;
 }
-extern "C" void factormix_lean(int n) { lean_tokens = n; }

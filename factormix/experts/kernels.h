@@ -3,125 +3,7 @@
 //   GROUPS  groups of 16 tokens that a tile holds, 1 or 2
 //   PAIRS   1 where the processor multiplies pairs of bfloat16 (AVX512-BF16)
 
-INLINE void load(const float* p, Lanes& v) { std::memcpy(&v, p, sizeof v); }
-INLINE void load(const Bf16* p, Lanes& v) {
-  Halves h;
-  std::memcpy(&h, p, sizeof h);
-  v = reinterpret_cast<Lanes>(__builtin_convertvector(h, Words) << 16);
-}
-INLINE void load(const int8_t* p, Lanes& v) {
-  Bytes b;
-  std::memcpy(&b, p, sizeof b);
-  v = __builtin_convertvector(b, Lanes);
-}
-INLINE void store(float* p, const Lanes& v) { std::memcpy(p, &v, sizeof v); }
-
-INLINE Words rounded(Lanes v) {  // to bfloat16, in the low half of each word; to the nearest, ties to even
-  const Words w = reinterpret_cast<Words>(v);
-  const Words r = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
-  return v == v ? r : Words{} + 0x7fc0u;
-}
-
-// ---- a few lanes of mathematics
-
-INLINE Lanes exponential(Lanes x) {
-  x = x < -87.0f ? Lanes{} - 87.0f : x;  // NaN stays
-  const Lanes beyond = x > 88.0f ? Lanes{} + INFINITY : Lanes{};  // a little early; nothing here needs the last numbers
-  x = x > 88.0f ? Lanes{} + 88.0f : x;
-  const Lanes shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the fraction is rounded away
-  const Lanes n = shifted - 12582912.0f;
-  const Lanes r = x - n * 0.693359375f + n * 2.12194440e-4f;  // |r| <= ln 2 / 2
-  Lanes p = r * 1.3888889e-3f + 8.3333333e-3f;                // Taylor, to r^6 / 720
-  p = p * r + 4.1666667e-2f;
-  p = p * r + 1.6666667e-1f;
-  p = p * r + 0.5f;
-  p = p * r * r + r + 1.0f;
-  return beyond + reinterpret_cast<Lanes>(reinterpret_cast<Words>(p) + (reinterpret_cast<Words>(shifted) << 23));
-}
-
-INLINE Lanes error_function(Lanes x) {  // Abramowitz and Stegun 7.1.26: within 1.5e-7
-  const Lanes a = x < 0.0f ? -x : x, t = 1.0f / (1.0f + 0.3275911f * a);
-  Lanes p = t * 1.061405429f - 1.453152027f;
-  p = p * t + 1.421413741f;
-  p = p * t - 0.284496736f;
-  p = (p * t + 0.254829592f) * t;
-  const Lanes e = 1.0f - p * exponential(-a * a);
-  return x < 0.0f ? -e : e;
-}
-
-NOINLINE Lanes activate(int kind, Lanes v) {
-  switch (kind) {
-    case kSilu: return v / (1.0f + exponential(-v));
-    case kGelu: return 0.5f * v * (1.0f + error_function(v * 0.70710678f));
-    case kGeluTanh: {  // 0.5 v (1 + tanh u) = v / (1 + exp(-2u))
-      return v / (1.0f + exponential(-1.59576912f * (v + 0.044715f * v * v * v)));
-    }
-    default: return v < 0.0f ? Lanes{} : v;
-  }
-}
-
-// ---- 16 vectors against each other
-
-#define AT(l) ((l)&D ? 16 + (l)-D : (l))
-#define OF(l) ((l)&D ? 16 + (l) : (l) + D)
-#define ALL(F) F(0), F(1), F(2), F(3), F(4), F(5), F(6), F(7), F(8), F(9), F(10), F(11), F(12), F(13), F(14), F(15)
-#if defined(__clang__)
-#define MIX(a, b, F) __builtin_shufflevector(a, b, ALL(F))
-#else
-#define MIX(a, b, F) __builtin_shuffle(a, b, Ints{ALL(F)})
-#endif
-
-template <int D>
-INLINE void exchange(Lanes* v) {  // bit D of the vector's index with bit D of the lane's
-  UNROLL for (int i = 0; i < 16; ++i)
-    if (!(i & D)) {
-      const Lanes a = v[i], b = v[i + D];
-      v[i] = MIX(a, b, AT), v[i + D] = MIX(a, b, OF);
-    }
-}
-
-NOINLINE void transpose(Lanes* v) { exchange<8>(v), exchange<4>(v), exchange<2>(v), exchange<1>(v); }
-
-template <int D>
-INLINE void fold(const Lanes* v, Lanes* out) {  // halves the vectors, each lane a sum of two
-  UNROLL for (int i = 0; i < D; ++i) out[i] = MIX(v[i], v[i + D], AT) + MIX(v[i], v[i + D], OF);
-}
-
-NOINLINE Lanes totals(const Lanes* v) {  // lane l: the sum of v[l]'s lanes, whatever stands beside it
-  Lanes a[8], b[4], c[2], d[1];
-  fold<8>(v, a), fold<4>(a, b), fold<2>(b, c), fold<1>(c, d);
-  return d[0];
-}
-
-#undef AT
-#undef OF
-#undef ALL
-#undef MIX
-
-INLINE float as(float v, float) { return v; }
-INLINE Bf16 as(float v, Bf16) { return bf16_of(v); }
-
-// A row in the type that is multiplied: itself, or converted into room.
-INLINE const float* as(const float* w, float*, int64_t) { return w; }
-INLINE const Bf16* as(const Bf16* w, Bf16*, int64_t) { return w; }
-template <typename W>
-INLINE const float* as(const W* w, float* room, int64_t n) {
-  int64_t i = 0;
-  for (Lanes v; i + kLanes <= n; i += kLanes) load(w + i, v), store(room + i, v);
-  for (; i < n; ++i) room[i] = value(w + i);
-  return room;
-}
-INLINE const Bf16* as(const int8_t* w, Bf16* room, int64_t n) {  // exact: 8 bits suffice
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    Lanes v;
-    load(w + i, v);
-    const Halves h = __builtin_convertvector(reinterpret_cast<Words>(v) >> 16, Halves);
-    std::memcpy(room + i, &h, sizeof h);
-  }
-  for (; i < n; ++i) room[i] = bf16_of(static_cast<float>(w[i]));
-  return room;
-}
+#include "lanes.h"
 
 // ---- up to 8 tokens: each row is read once, where it lies, for all the tokens that want it
 
@@ -178,23 +60,6 @@ INLINE void multiply(const Bf16* w, const Bf16* const* x, int64_t n, Lanes* sum)
   }
   UNROLL for (int t = 0; t < N; ++t) sum[t] = (Lanes)_mm512_add_ps(even[t], odd[t]);
 }
-
-template <int N>
-INLINE void multiply(const int8_t* w, const Bf16* const* x, int64_t n, Lanes* sum) {
-  __m512 all[N];
-  UNROLL for (int t = 0; t < N; ++t) all[t] = _mm512_setzero_ps();
-  for (int64_t i = 0; i < n; i += 2 * kLanes) {
-    ahead(w + i, 0);
-    const __mmask32 mask = n - i >= 32 ? ~0u : (1u << (n - i)) - 1;
-    const __m256i bytes = _mm256_maskz_loadu_epi8(mask, w + i);
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(bytes)));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(bytes, 1)));
-    const __m512bh both = _mm512_cvtne2ps_pbh(high, low);
-    UNROLL for (int t = 0; t < N; ++t)
-      all[t] = _mm512_dpbf16_ps(all[t], both, (__m512bh)_mm512_maskz_loadu_epi16(mask, x[t] + i));
-  }
-  UNROLL for (int t = 0; t < N; ++t) sum[t] = (Lanes)all[t];
-}
 #endif
 
 template <typename W, typename C>
@@ -247,8 +112,8 @@ NOINLINE void lean_neurons(const Ffn& f, const Block& b, int64_t begin, int64_t 
       if (f.gated) store(u, totals(up[t]));
       for (int64_t r = 0; r < kLanes; ++r) {
         const int64_t at = std::min(j + r, end - 1);
-        g[r] = g[r] * b.up_scale(at) + b.bias(at, f.bf16);
-        u[r] = f.gated ? u[r] * b.up_scale(b.width + at) + b.bias(b.width + at, f.bf16) : 1.0f;
+        g[r] += b.bias(at, f.bf16);
+        u[r] = f.gated ? u[r] + b.bias(b.width + at, f.bf16) : 1.0f;
       }
       Lanes pre, factor;
       load(g, pre), load(u, factor);
@@ -279,7 +144,7 @@ NOINLINE void few_outputs(const Ffn& f, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < n; ++r) {
         Lanes part[kLean];
         row(static_cast<const W*>(b.down) + (i + r) * b.width, h, b.tokens, b.width, part);
-        for (int t = 0; t < b.tokens; ++t) sum[b.token[t]][r] += part[t] * b.down_scale(i + r);
+        for (int t = 0; t < b.tokens; ++t) sum[b.token[t]][r] += part[t];
       }
     }
     for (int64_t t = 0; t < f.tokens; ++t) {
@@ -300,7 +165,7 @@ NOINLINE void lean_outputs(const Ffn& f, const Block& b, int64_t begin, int64_t 
     Lanes sum[kLean][kLanes], part[kLean];
     for (int64_t r = 0; r < n; ++r) {
       row(static_cast<const W*>(b.down) + (i + r) * b.width, h, b.tokens, b.width, part);
-      for (int t = 0; t < b.tokens; ++t) sum[t][r] = part[t] * b.down_scale(i + r);
+      for (int t = 0; t < b.tokens; ++t) sum[t][r] = part[t];
     }
     for (int t = 0; t < b.tokens; ++t) {
       for (int64_t r = n; r < kLanes; ++r) sum[t][r] = Lanes{};
@@ -354,8 +219,8 @@ INLINE void tile(const Bf16* const* w, const float* x, int64_t n, int64_t next, 
 }
 #endif
 
-template <int R, typename C>
-NOINLINE void tiles(const C* const* w, const float* x, int groups, int64_t n, int64_t next, Lanes* out) {  // out (R, groups)
+template <int R, typename C>  // out (R, groups)
+NOINLINE void tiles(const C* const* w, const float* x, int groups, int64_t n, int64_t next, Lanes* out) {
   const int64_t words = sizeof(C) == 2 ? n / 2 : n;
   int g = 0;
 #if GROUPS == 2
@@ -441,12 +306,9 @@ INLINE void many_neurons(const Ffn& f, const Task& task, Scratch& s) {
       Lanes factor, low = {};
       load(weight + g * kLanes, factor);
       for (int r = 0; r < n; ++r) {
-        Lanes v = out[r * groups + g] * b.up_scale(j + r) + b.bias(j + r, f.bf16);
+        Lanes v = out[r * groups + g] + b.bias(j + r, f.bf16);
         v = factor * activate(f.kind, v);
-        if (f.gated) {
-          const int64_t at = b.width + j + r;
-          v *= out[(n + r) * groups + g] * b.up_scale(at) + b.bias(at, f.bf16);
-        }
+        if (f.gated) v *= out[(n + r) * groups + g] + b.bias(b.width + j + r, f.bf16);
         float* to = h + (g * words + (sizeof(C) == 2 ? (j + r) / 2 : j + r)) * kLanes;
         if (sizeof(C) == 4) store(to, v);
         else if (r % 2 == 0) low = v;
@@ -481,8 +343,6 @@ INLINE void many_outputs(const Ffn& f, int64_t begin, int64_t end, Scratch& s) {
           for (int q = 0; q < rows; ++q)
             w[q] = as(static_cast<const W*>(b.down) + (i + r + q) * b.width, room + q * b.width, b.width);
           tiles(rows, w, h, groups, b.width, rows * b.width, out + r * groups);
-          if (b.scale_down)
-            for (int q = 0; q < rows * groups; ++q) out[r * groups + q] *= b.down_scale(i + r + q / groups);
           r += rows;
         }
         for (int64_t r = 0; r < n; r += kLanes)
@@ -565,10 +425,10 @@ void score(const Ffn& f, int64_t begin, int64_t end, float* z) {
   double *w = room.data(), *x = w + f.routed * n;
   widened(f.router, f.router_bf16, f.routed * n, w);
   for (int64_t t = begin; t < end; z += std::min<int64_t>(kScored, end - t) * f.routed, t += kScored) {
-    const bool whole = end - t >= kScored;
-    widened(static_cast<const char*>(f.input) + t * n * (f.bf16 ? 2 : 4), f.bf16, std::min<int64_t>(kScored, end - t) * n, x);
-    if (whole) scores<kScored>(x, w, n, f.routed, z);
-    else for (int64_t q = 0; q < end - t; ++q) scores<1>(x + q * n, w, n, f.routed, z + q * f.routed);
+    const int64_t count = std::min<int64_t>(kScored, end - t);
+    widened(static_cast<const char*>(f.input) + t * n * (f.bf16 ? 2 : 4), f.bf16, count * n, x);
+    if (count == kScored) scores<kScored>(x, w, n, f.routed, z);
+    else for (int64_t q = 0; q < count; ++q) scores<1>(x + q * n, w, n, f.routed, z + q * f.routed);
   }
 }
 
@@ -581,11 +441,7 @@ void step(const Ffn& f, const Task* up, int64_t begin, int64_t end, Scratch& s) 
 // Some neurons; or, with null, outputs begin to end of all tokens.
 void step(const Ffn& f, const Task* up, int64_t begin, int64_t end, Scratch& s) {
 #if PAIRS
-  if (f.pairs) return f.weights == kBf16 ? step<Bf16, Bf16>(f, up, begin, end, s) : step<int8_t, Bf16>(f, up, begin, end, s);
+  if (f.pairs) return step<Bf16, Bf16>(f, up, begin, end, s);
 #endif
-  switch (f.weights) {
-    case kFloat: return step<float, float>(f, up, begin, end, s);
-    case kBf16: return step<Bf16, float>(f, up, begin, end, s);
-    default: return step<int8_t, float>(f, up, begin, end, s);
-  }
+  f.bf16 ? step<Bf16, float>(f, up, begin, end, s) : step<float, float>(f, up, begin, end, s);
 }

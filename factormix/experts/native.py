@@ -1,4 +1,4 @@
-"""The C++ operator for CPUs (`ffn.cpp`, `kernels.h`): a whole sparse FFN in one call, built on first use.
+"""The C++ operator for CPUs (`ffn.cpp`, `kernels.h`, `lanes.h`): a whole sparse FFN in one call, built on first use.
 
 Without a compiler, or with FACTORMIX_NATIVE=0, everything runs on PyTorch's own operators, slower; one warning says so.
 The file in the cache is named after the source, the compiler and the machine's kind.
@@ -27,7 +27,7 @@ from factormix.experts.packed import PackedExperts
 from factormix.run.directory import atomic_path
 from factormix.run.errors import FactorMixError
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("ffn.cpp", "kernels.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("ffn.cpp", "kernels.h", "lanes.h"))
 FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi", *(["-fopenmp"] if sys.platform == "linux" else []))
 FEW = 4  # tokens that the processor's baseline serves; AVX2 and above serve any number
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3}
@@ -42,14 +42,13 @@ class _Call(ctypes.Structure):
         *[
             (name, ctypes.c_void_p)
             for name in (
-                "x y router scores chosen weights up down up_bias shared_up shared_down shared_up_bias "
-                "up_scale down_scale shared_up_scale shared_down_scale"
+                "x y router scores chosen weights up down up_bias shared_up shared_down shared_up_bias"
             ).split()
         ],
         *[
             (name, ctypes.c_int64)
             for name in (
-                "tokens hidden routed active width shared_width bf16 router_bf16 kind store gated gate threads"
+                "tokens hidden routed active width shared_width bf16 router_bf16 kind gated gate threads"
             ).split()
         ],
         ("factor", ctypes.c_double),
@@ -119,7 +118,6 @@ def plan(
     assert some is not None and isinstance(some.up, Tensor)
     call = _Call(kind=ACTIVATIONS[some.activation], gated=some.gated)
     call.hidden, call.bf16 = some.up.shape[2], DTYPES[some.up.dtype]
-    call.store = call.bf16
     if shared is not None:
         call.shared_up, call.shared_down, call.shared_up_bias = _pointers(shared)
         call.shared_width = shared.down.shape[2]  # type: ignore[union-attr]
