@@ -273,9 +273,8 @@ def rope_factors(config: PretrainedConfig) -> Tensor:
     return torch.tensor(1.0 / ((1 - smooth) / rope["factor"] + smooth), dtype=torch.float32)
 
 
-def llama_cpp_scoring(container: Container, needs: Needs) -> Scoring:
-    """How llama.cpp's router scores, whatever transformers' does: all experts first."""
-    scoring = container.scoring(needs)
+def llama_cpp_scoring(scoring: Scoring) -> Scoring:
+    """A container's scoring as llama.cpp does it: all experts before it chooses."""
     return replace(scoring, kind="softmax") if scoring.kind == "topk" else scoring
 
 

@@ -80,6 +80,14 @@ def test_granite_tensors_and_metadata(quantization: str, error: float, tmp_path:
     assert len(field("tokenizer.ggml.tokens")) == VOCAB  # type: ignore[arg-type]
 
 
+def test_m_is_chosen_by_how_llama_cpp_scores(tmp_path: Path) -> None:
+    model = factored("llama")
+    stock = exported(model, tmp_path / "out").gates
+    read_by_llama_cpp = exported(model, tmp_path / "gguf", to="gguf", tokenizer=bytes_tokenizer()).gates
+    assert stock.m == max(stock.flips) and not any(stock.flips.values())  # Granite chooses first: no ties
+    assert any(read_by_llama_cpp.flips.values())
+
+
 def test_plain_transformers_reads_a_file_to_the_same_logits(tmp_path: Path) -> None:
     """transformers knows llama.cpp's qwen3moe, all but its width of an expert."""
     model = factored("qwen3", "S0A2E4")
