@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from factormix.ffn import FFNSite, FFNWeights, weights
-from factormix.mix.gate_files import GATE_WEIGHTS, check_domains, read_gate_config
+from factormix.mix.gate_files import GATE, GATE_WEIGHTS, check_domains, read_gate_config
+from factormix.mix.gated import OWN
 from factormix.mix.merge import Merged, read_neurons
 from factormix.mix.sizes import sites_of
 from factormix.nn import FactorMixMixin
@@ -44,7 +45,7 @@ def to_qwen2_moe(
     Args:
         model: the base, dense; stays as it is.
         adapters: the one adapter directory, by its domain's name.
-        gate: the folder of its gates.
+        gate: the folder of its gates, or "own".
 
     Raises:
         FactorMixError: what is no Qwen2-MoE block, with the reason; an adapter or gates of another model.
@@ -56,6 +57,9 @@ def to_qwen2_moe(
             f"a Qwen2-MoE block has one shared expert and so takes one domain; received {', '.join(adapters)}. Merge "
             "the others under fixed weights first, with `factormix merge` and no --gate."
         )
+    if str(gate) == OWN:
+        (folder,) = adapters.values()
+        gate = Path(folder) / GATE
     config = read_gate_config(gate)
     check_domains(config, adapters, gate)
     if config["kind"] != "sigmoid" or config["start"] != "on":
