@@ -111,24 +111,34 @@ def fill_own_gates(gates: Mapping[int, DomainGate], folders: Mapping[str, str | 
         folders: adapter directories by name.
 
     Raises:
-        FactorMixError: an adapter without a gate of its own, or with one of other weights or sites.
+        FactorMixError: as `own_rows`; a gate of other sites.
     """
     for name, folder in folders.items():
-        own = Path(folder) / GATE
-        if not own.is_dir():
-            raise FactorMixError(
-                f"{str(folder)!r} has no gate of its own: it was injected with --gate-tokens 0. "
-                "Inject again, or leave 'own' out."
-            )
-        (here,), (there,) = read_gate_config(own)["domains"], domain_hashes({name: folder})
-        if here["sha256"] != there["sha256"]:
-            raise FactorMixError(
-                f"the gate in {str(own)!r} was fitted for weights with SHA-256 {here['sha256']}; those beside it have "
-                f"{there['sha256']}. Copy the directory whole, or inject again."
-            )
+        tensors = own_rows(folder)
         weighed = {i: gate for i, gate in gates.items() if name in gate.domains}
         rows = {i: cast(Tensor, gate.weight)[gate.domains.index(name)] for i, gate in weighed.items()}  # (H,) each
-        tensors = read_tensors(own / GATE_WEIGHTS)
-        check_tensors({f"{i}.weight": row[None] for i, row in rows.items()}, tensors, f"gate {str(own)!r}")
+        wanted = {f"{i}.weight": row[None] for i, row in rows.items()}
+        check_tensors(wanted, tensors, f"gate {str(Path(folder) / GATE / GATE_WEIGHTS)!r}")
         for i, row in rows.items():
             row.copy_(tensors[f"{i}.weight"][0])  # (H,)
+
+
+def own_rows(folder: str | Path) -> dict[str, Tensor]:
+    """An adapter's own gate: "<site>.weight" (1, H).
+
+    Raises:
+        FactorMixError: the adapter has none, or one that was fitted for other weights.
+    """
+    own = Path(folder) / GATE
+    if not own.is_dir():
+        raise FactorMixError(
+            f"{str(folder)!r} has no gate of its own: it was injected with --gate-tokens 0. Inject again, or leave "
+            "'own' out."
+        )
+    (fitted,), (found,) = read_gate_config(own)["domains"], domain_hashes({"": folder})
+    if fitted["sha256"] != found["sha256"]:
+        raise FactorMixError(
+            f"the gate in {str(own)!r} was fitted for weights with SHA-256 {fitted['sha256']}; those beside it have "
+            f"{found['sha256']}. Copy the directory whole, or inject again."
+        )
+    return read_tensors(own / GATE_WEIGHTS)
