@@ -122,7 +122,7 @@ def test_an_encoder_without_a_head_is_given_one_first(tmp_path: Path, text: Path
     assert "first a masked-LM head on 512 general tokens" in said
     run(*words(model, text, "adapter", "--head-tokens", "512", "--json", "result.json"))
     names = {path.name for path in Path("adapter").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "masked_head.safetensors", "run.json"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "gate", "masked_head.safetensors", "run.json"}
     metrics = json.loads(Path("result.json").read_text())["metrics"]
     assert metrics["head"]["tokens"] == 512 and len(metrics["head"]["history"]) == 8
     PeftModel.from_pretrained(AutoModel.from_pretrained(model), "adapter", adapter_name="pubmed")
