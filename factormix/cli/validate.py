@@ -57,7 +57,7 @@ def _meaning(recipe: Recipe | InjectRecipe | AdaptRecipe, name: str, quiet: bool
 
         return [str(plan(empty(read_config(source)), recipe.config))]
     from factormix.mix.adapter_files import check_shapes, read_adapter_config  # imports PEFT
-    from factormix.mix.sizes import sites_of
+    from factormix.nn import sites_of
 
     sites, lines = sites_of(empty(read_config(source))), []
     for domain, folder in by_name("domains", recipe.domains).items():

@@ -7,7 +7,6 @@ text -> windows -> (site by site, at the student's own states:)
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -27,7 +26,7 @@ from factormix.factor.fit import SiteReport, fit_site
 from factormix.factor.heal import heal
 from factormix.factor.lockstep import Lockstep, batches_of
 from factormix.factor.partition import BLIND, COMPENSATED, PARTITIONS
-from factormix.ffn import FFNSite, find_sites, isolate, weights
+from factormix.ffn import FFNSite, find_sites, isolate, shared_copy, weights
 from factormix.nn import FactorMixMixin, SparseFFN, SparseSpec, adopt
 from factormix.run.errors import FactorMixError
 from factormix.run.progress import progress
@@ -74,7 +73,7 @@ def factorize(
     packed = _packed(calibration, dense, tokenizer, config.window, config.tokens, config.seed)
     started = time.perf_counter()
     was_training = dense.training
-    student = _shallow_copy(dense).eval()
+    student = shared_copy(dense).eval()
     reports = []
     batches = batches_of(student, packed.input_ids, BATCH_WINDOWS)
     done = _load_done(student, sites, specs, work)
@@ -154,12 +153,6 @@ def _inputs_of_every_use(model: PreTrainedModel, site: FFNSite, batches: list[di
     finally:
         handle.remove()
     return torch.cat(seen)[:: site.use_count]
-
-
-def _shallow_copy(dense: PreTrainedModel) -> PreTrainedModel:
-    """The same modules anew around the same tensors: swapping an FFN of the copy leaves the original as it is."""
-    shared = {id(t): t for t in [*dense.parameters(), *dense.buffers()]}
-    return copy.deepcopy(dense, shared)  # type: ignore[arg-type]
 
 
 def _release(module: nn.Module) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import factormix
 from factormix.cli.recipe import Recipe
+from factormix.evaluate.shapes import SHAPES
 from factormix.factor.config import FactorConfig
 from factormix.factor.factorize import factorize
 from factormix.run.directory import sha256
@@ -142,6 +143,21 @@ def test_bench(run: Run, sparse: Path, llama: Path, text: Path) -> None:
         (phase, name) for phase in ("decode", "prefill") for name in ("dense", "factormix")
     ]
     assert result["settings"]["dtype"] == "float32" and result["settings"]["threads"] == 1
+
+
+def test_bench_of_a_shape_writes_a_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    monkeypatch.setitem(SHAPES, "tinyllama", small | {"num_attention_heads": 2, "num_key_value_heads": 2})
+    said = run(
+        "bench", "--shape", "tinyllama", "--layout", "S1A1E4", "--beside", "active-width", "--generate", 1,
+        "--no-prefill", "--repeats", 1, "--new-tokens", 2, "-o", "speed",
+    )  # fmt: skip
+    assert "active-width" in said and "prefill" not in said
+    runs = read("speed/bench.json")["runs"]
+    assert [(r["phase"], r["implementation"]) for r in runs] == [
+        (phase, name) for phase in ("decode", "generate") for name in ("dense", "factormix", "active-width")
+    ]
+    assert "FactorMix ÷ active-width" in Path("speed/bench.md").read_text()
 
 
 def test_inspect(run: Run, sparse: Path, llama: Path) -> None:
