@@ -223,3 +223,10 @@ def test_commands_that_lack_something(refused: Refused, sparse: Path, llama: Pat
 def test_the_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FACTORMIX_TRACEBACK", "1")
     assert isinstance(CliRunner().invoke(app, ["inspect", "./none"]).exception, FactorMixError)
+
+
+def test_experts_that_cannot_be_kept(refused: Refused, sparse: Path, llama: Path, text: Path) -> None:
+    keep = ("--keep-experts-for", text, "-o", "out")
+    assert "is dense" in refused("factor", llama, *keep, "--layout", "S2A0E4")
+    assert "S1A0E4 to S3A0E4" in refused("factor", sparse, *keep)
+    assert "leave text and task out" in refused("factor", sparse, *keep, "--layout", "S2A0E4", "--text", text)
