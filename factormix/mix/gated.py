@@ -21,9 +21,8 @@ from factormix.mix.gate_files import (
     read_gate_config,
 )
 from factormix.mix.peft_tuner import domain_layer
-from factormix.mix.sizes import sites_of
 from factormix.mix.task_adapters import check_tensors
-from factormix.nn import DomainGate
+from factormix.nn import DomainGate, sites_of
 from factormix.run.errors import FactorMixError
 from factormix.run.tensors import read_tensors
 

@@ -24,10 +24,9 @@ from factormix.mix.gated import OWN, fill_own_gates, put_gates
 from factormix.mix.losses import no_cache
 from factormix.mix.peft_task_adapters import LoraAdapter, PrefixAdapter
 from factormix.mix.peft_tuner import assert_trainable, domain_layer, trainable_names
-from factormix.mix.sizes import sites_of
 from factormix.mix.task_adapters import ACTIVATION, BottleneckAdapters, TaskAdapter, TaskAdapterSpec
 from factormix.mix.trained import hold_only_trained
-from factormix.nn import DomainGate
+from factormix.nn import DomainGate, sites_of
 from factormix.run.errors import FactorMixError
 
 HEAD_STD = 0.02  # of the head's weight at the start

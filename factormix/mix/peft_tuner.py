@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from factormix.ffn import FFNSite, isolate
 from factormix.mix.peft_enum import mixda_type
-from factormix.mix.sizes import Sizes, adapter_sizes, sites_of
-from factormix.nn import DomainFFN
+from factormix.mix.sizes import Sizes, adapter_sizes
+from factormix.nn import DomainFFN, sites_of
 from factormix.run.errors import FactorMixError, choose
 
 PREFIX = "mixda_"

@@ -23,8 +23,7 @@ from factormix.ffn import FFNSite, FFNWeights, weights
 from factormix.mix.gate_files import GATE_WEIGHTS, check_domains, read_gate_config
 from factormix.mix.gated import OWN, own_rows
 from factormix.mix.merge import Merged, read_neurons
-from factormix.mix.sizes import sites_of
-from factormix.nn import FactorMixMixin
+from factormix.nn import FactorMixMixin, sites_of
 from factormix.run.errors import FactorMixError
 from factormix.run.tensors import read_tensors
 
