@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from factormix.experts import PackedExperts, gpu, run_experts
+from factormix.experts import PackedExperts, gpu
 from factormix.experts.reference import reference
 from tests.nn.sparse import lone_ffn
 
@@ -182,23 +182,13 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.native.library.cache_clear()
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 17])
+@pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("layout", ["S1A2E5", "S0A2E4", "S4A0E4"])
-@pytest.mark.parametrize("gate", ["hard", "paper"])
-def test_a_sparse_ffn_runs_on_them(
-    here: None, layout: str, gate: str, tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ffn, x = lone_ffn(layout=layout, biased=True, gate=gate).to(WHERE), torch.randn(tokens, 12).to(WHERE)
-    calls: list[str] = []
-    for name in ("_decode", "_route"):
-        own = getattr(gpu, name)
-        monkeypatch.setattr(gpu, name, lambda *a, _own=own, _name=name: (calls.append(_name), _own(*a))[1])
-    want = ffn(x).detach()
-    assert not calls  # gradients are wanted
+def test_a_sparse_ffn_runs_on_them(here: None, layout: str, tokens: int) -> None:
+    ffn, x = lone_ffn(layout=layout, biased=True, gate="paper").to(WHERE), torch.randn(tokens, 12).to(WHERE)
+    want = ffn(x).detach()  # with gradients, so by PyTorch's operators
     with torch.no_grad():
         assert torch.allclose(ffn(x), want, rtol=1e-5, atol=1e-5)
-    routed = [] if layout == "S4A0E4" else ["_route"]
-    assert calls == ([*routed, "_decode"] if tokens <= 16 else routed)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -225,27 +215,6 @@ def test_the_operators_are_sound() -> None:
     torch.library.opcheck(torch.ops.factormix.gpu_route, (x, torch.randn(5, 6).to(WHERE), 2))
 
 
-@pytest.mark.parametrize(
-    "why", ["gradients", "autocast", "dtype", "another activation", "tokens", "a transposed weight"]
-)
-def test_it_steps_aside(here: None, why: str) -> None:
-    experts = pack(3, 4, 6, True, False, "mish" if why == "activation" else "silu", torch.float32)
-    x = torch.randn(gpu.TOKENS + (why == "tokens"), 6).to(WHERE, torch.bfloat16 if why == "dtype" else torch.float32)
-    if why == "transposed":
-        down = experts.down.transpose(1, 2).contiguous().transpose(1, 2)  # type: ignore[union-attr]
-        experts = PackedExperts(experts.up, down, None, "silu", True)
-    with torch.set_grad_enabled(why == "gradients"), torch.autocast(WHERE, torch.bfloat16, enabled=why == "autocast"):
-        assert not gpu.serves(x, [experts])
-
-
-def test_dispatch_asks_it(here: None) -> None:
-    torch.manual_seed(0)
-    experts = pack(3, 4, 6, True, False, "silu", torch.float32)
-    x, chosen = torch.randn(6, 6).to(WHERE), torch.rand(6, 3).topk(2, 1).indices.to(WHERE)
-    with torch.no_grad():
-        assert torch.equal(run_experts(x, chosen, None, experts), gpu.decode(x, chosen, None, experts, None))
-
-
 COMPILE = """
 import sys
 import triton
@@ -263,7 +232,7 @@ def build(kernel, capability, dtype, constants):
 capability, tokens = int(sys.argv[1]), int(sys.argv[2])
 for dtype in ("bf16", "fp32"):
     m, n, c = (1, 4, 512) if tokens == 1 else (16, 32, 128 if dtype == "bf16" else 32)
-    common = {"K": 4, "K_PAD": 4, "M": m, "C": c}
+    common = {"K": 4, "K_PAD": 4, "M": m, "C": c, **({"T": 1} if tokens == 1 else {})}  # Triton makes a 1 a constant
     flags = {"GATED": True, "BIASED": True, "SCALED": True, "KIND": 1}
     build(kernels.up, capability, dtype, {**common, **flags, "N": n})
     build(kernels.down, capability, dtype, {**common, "N": min(n, 16)})
