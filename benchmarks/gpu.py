@@ -27,6 +27,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from factormix.evaluate.cost import bytes_per_token, flops_per_token
+from factormix.experts import gpu
 from factormix.factor.assemble import sparse_spec
 from factormix.ffn import find_sites, get, swap
 from factormix.nn import Layout, SparseFFN, adopt
@@ -44,6 +45,7 @@ SHAPES = {
 LAYOUTS = ("S4A4E16", "S2A2E16")  # half of the neurons, a quarter
 CONTEXT, STEPS = 128, 32  # tokens in the cache before a timed block of decoding steps, and steps in it
 BLOCK_TOKENS = (1, 4, 16, 64, 2048)
+FEW = range(1, gpu.TOKENS + 1)  # tokens of an FFN that its kernels decode: in a CUDA graph, bound by bytes
 CARD = {"name": "H100 SXM", "bytes_per_s": 3.35e12, "bfloat16_flops_per_s": 989e12}  # the maker's data sheet
 
 
@@ -214,6 +216,7 @@ def measure_block(models: dict[str, PreTrainedModel], rounds: int, device: str, 
     """All FFNs of a model one after another on the same states, so that no cache holds them; time of one."""
     found = []
     for tokens in sizes:
+        mode = "graph" if device == "cuda" and tokens in FEW else "eager"
         runs, cost = {}, {}
         for name, model in models.items():
             ffns = [get(model, site) for site in find_sites(model)] if name not in LAYOUTS else sparse_ffns(model)
@@ -223,13 +226,12 @@ def measure_block(models: dict[str, PreTrainedModel], rounds: int, device: str, 
             def step(ffns: list[nn.Module] = ffns, x: torch.Tensor = x) -> object:
                 return [ffn(x) for ffn in ffns]
 
-            runs[name] = (lambda: None), step if device == "cpu" or tokens > 64 else graphed(step)
+            runs[name] = (lambda: None), graphed(step) if mode == "graph" else step
             parts = nn.ModuleList(ffns)
-            cost[name] = bytes_per_token(parts, tokens) if tokens <= 64 else flops_per_token(parts)
+            cost[name] = bytes_per_token(parts, tokens) if tokens in FEW else flops_per_token(parts)
         times = turns(runs, 4, rounds, device)
         layers = models["dense"].config.num_hidden_layers
         each = {name: [t / layers for t in own] for name, own in times.items()}
-        mode = "eager" if device == "cpu" or tokens > 64 else "graph"
         found += rows("ffn", tokens, mode, each, {name: cost["dense"] / own for name, own in cost.items()})
     return found
 

@@ -30,6 +30,7 @@ def serves(x: Tensor, parts: Sequence[PackedExperts]) -> bool:
         _ready(x)
         and 0 < len(x) <= TOKENS
         and all(part.activation in native.ACTIVATIONS for part in parts)
+        and len({(part.activation, part.gated, part.up_bias is None) for part in parts}) == 1
         and all(_lies_ready(weight, x) for part in parts for weight in (part.up, part.down, part.up_bias))
     )
 
@@ -49,7 +50,7 @@ def decode(
         chosen: (T, K) int64, experts that exist, distinct in a row; None without experts.
         scale: (T, K) or None for 1.
         experts: of R experts, or None.
-        shared: of one "expert", the shared neurons, or None. Either has the activation.
+        shared: of one "expert", the shared neurons, or None. Of the same activation and form as the experts.
 
     Returns:
         (T, H) in x's dtype; summed in float32.

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import StaticCache
 
 from factormix.experts import PackedExperts, gpu, native, run_experts
 from factormix.experts.reference import reference
 from factormix.nn.router import make_router
 from tests.experts.test_paths import packed, tokens
-from tests.nn.sparse import lone_ffn
+from tests.nn.sparse import lone_ffn, twins
 
 
 @pytest.fixture
@@ -85,6 +86,15 @@ def test_dispatch_asks_it(calls: list[str]) -> None:
     assert calls == ["decode"]
 
 
+def test_parts_of_two_forms_are_not_for_it(calls: list[str]) -> None:
+    x, forms = (
+        torch.randn(2, 6),
+        [packed(3, 4, 6, True, False), packed(1, 4, 6, True, True), packed(1, 4, 6, False, False)],
+    )
+    with torch.no_grad():
+        assert gpu.serves(x, forms[:1] * 2) and not gpu.serves(x, forms[:2]) and not gpu.serves(x, forms[::2])
+
+
 STEPS_ASIDE = ["gradients", "autocast", "dtype", "activation", "tokens", "transposed", "device", "no Triton"]
 
 
@@ -122,3 +132,14 @@ def test_the_host_asks_the_device_nothing(count: int, monkeypatch: pytest.Monkey
         _, chosen = gpu.route(x, torch.randn(5, 6), 2)
         assert gpu.decode(x, chosen, torch.rand(count, 2), experts, packed(1, 9, 6, True, True)).shape == (count, 6)
     assert launched == ["route", "up", "down"]
+
+
+@pytest.mark.parametrize("layout", ["S1A2E4", "S0A1E4"])
+def test_nor_does_a_whole_decoding_step_with_a_static_cache(calls: list[str], layout: str) -> None:
+    _, sparse = twins("llama", layout)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        ids, cache = torch.randint(0, 90, (1, 6)), StaticCache(sparse.config, max_cache_len=16)
+        sparse(ids, past_key_values=cache)
+        calls.clear()
+        sparse(ids[:, :1], past_key_values=cache).logits.argmax(-1)
+    assert calls == ["route", "decode"] * 2  # two layers
