@@ -37,7 +37,7 @@ def route(x_ptr, weight_ptr, scores_ptr, chosen_ptr, H, R: tl.constexpr, K: tl.c
     tl.store(scores_ptr + token * R + experts, scores, mask=real)
     order = tl.where(scores == scores, scores, float("-inf"))  # NaN last: a choice is an expert that exists
     free = real
-    for k in tl.static_range(K):
+    for k in range(K):
         best = tl.max(tl.where(free, order, float("-inf")), axis=0)
         pick = tl.min(tl.where(free & (order == best), experts, R_PAD), axis=0)
         tl.store(chosen_ptr + token * K + k, pick.to(tl.int64))
