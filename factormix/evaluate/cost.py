@@ -113,7 +113,7 @@ def _parts(model: nn.Module, skip: nn.Module | None = None) -> list[Part]:
             continue
         rest.update((id(p), p) for p in module.parameters(recurse=False) if id(p) not in seen)
     own = list(rest.values())
-    return [*parts, _part(own, sum(p.numel() for p in own), 0)]
+    return [*parts, _part(own, sum(p.numel() for p in own), 0)] if own else parts
 
 
 def _part(own: list[nn.Parameter], active: int, routed: int, module: nn.Module | None = None) -> Part:

@@ -1,10 +1,11 @@
-"""Which path runs: by the number of tokens, whether gradients are wanted, and whether torch.compile is tracing."""
+"""Which path runs: by device, number of tokens, whether gradients are wanted, and whether torch.compile is tracing."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from factormix.experts import gpu, grouped_mm, native
 from factormix.experts.grouped import grouped
 from factormix.experts.packed import PackedExperts
 from factormix.experts.tokenwise import tokenwise
@@ -32,7 +33,13 @@ def run_experts(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: Packed
 def _eager(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: PackedExperts) -> Tensor:
     few = len(x) <= DECODE_TOKENS and x.device.type == "cpu"
     if few and not torch.is_grad_enabled():
+        if native.serves(x, [experts]):
+            return native.decode(x, chosen, scale, experts, None)
         return tokenwise(x, chosen, scale, experts)
+    if gpu.serves(x, [experts]):
+        return gpu.decode(x, chosen, scale, experts, None)
+    if grouped_mm.serves(x, experts):
+        return grouped_mm.grouped_mm(x, chosen, scale, experts)
     return grouped(x, chosen, scale, experts)
 
 

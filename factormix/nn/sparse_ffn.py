@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from factormix.experts import PackedExperts, native, run_experts
+from factormix.experts import PackedExperts, gpu, native, run_experts
 from factormix.nn.layout import Layout
 from factormix.nn.router import RouterKind, make_router
 from factormix.run.errors import choose
@@ -157,7 +157,7 @@ class SparseFFN(nn.Module):
         if self.router is not None:
             scores, chosen = self.router(x)  # (T, R), (T, K)
             scale = self.scale(scores, chosen)  # (T, K)
-        y = self._native(x, chosen, scale)  # (T, H)
+        y = self._at_once(x, chosen, scale)  # (T, H)
         if y is None:
             y = None if self.shared is None else self.shared(x)
             if self.experts is not None:
@@ -168,16 +168,17 @@ class SparseFFN(nn.Module):
             y = y + self.bias
         return y.view(hidden_states.shape)
 
-    def _native(self, x: Tensor, chosen: Tensor | None, scale: Tensor | None) -> Tensor | None:
-        """A few tokens by the C++ operator, all parts at once; None where it does not serve, or where somebody has put
-        something of their own (an adapter, a quantised layer, a hook) in the place of a part."""
-        if len(x) > native.TOKENS or not all(_untouched(part) for part in (self.shared, self.experts)):
+    def _at_once(self, x: Tensor, chosen: Tensor | None, scale: Tensor | None) -> Tensor | None:
+        """A few tokens by the C++ operator or the GPU's kernels, all parts at once; None where neither serves, or where
+        somebody has put something of their own (an adapter, a quantised layer, a hook) in the place of a part."""
+        if len(x) > max(native.TOKENS, gpu.TOKENS) or not all(_untouched(part) for part in (self.shared, self.experts)):
             return None
         shared = None if self.shared is None else self.shared.packed()
         experts = None if self.experts is None else self.experts.packed()
-        if not native.serves(x, [part for part in (shared, experts) if part is not None]):
-            return None
-        return native.decode(x, chosen, scale, experts, shared)
+        parts = [part for part in (shared, experts) if part is not None]
+        if native.serves(x, parts):
+            return native.decode(x, chosen, scale, experts, shared)
+        return gpu.decode(x, chosen, scale, experts, shared) if gpu.serves(x, parts) else None
 
     def scale(self, scores: Tensor, chosen: Tensor) -> Tensor | None:
         """What each chosen expert's output is multiplied by: (T, R), (T, K) -> (T, K), or None for 1."""
