@@ -17,10 +17,14 @@ from safetensors.torch import save_file
 
 
 def greedy(model: Any, prompt: list[int], new_tokens: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    model.generation_config.eos_token_id = None  # go on after it
-    said = model.generate(ids, max_new_tokens=new_tokens, do_sample=False)
-    return said[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+    """The most likely tokens one by one, through the cache; it goes on after an end-of-text token."""
+    said: list[int] = []
+    step, cache = prompt, None
+    for _ in range(new_tokens):
+        out = model(input_ids=torch.tensor([step]), past_key_values=cache, use_cache=True)
+        step, cache = [int(out.logits[0, -1].argmax())], out.past_key_values
+        said += step
+    return said
 
 
 @torch.inference_mode()
