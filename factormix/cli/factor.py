@@ -76,6 +76,10 @@ def factor(
             help="MODEL is factored: keep, for all tokens, the experts that serve this text best; --layout S6A0E16",
         ),
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="DENSE", help="the dense MODEL's origin: what the kept experts are to equal"),
+    ] = None,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     device_map: options.DeviceMap = None,
@@ -92,7 +96,7 @@ def factor(
     """
     started = time.perf_counter()
     flags = {"model": model, "out": out and str(out), "preset": preset, "text": text, "heal_text": heal_text}
-    flags |= {"task": task, "keep_experts_for": keep_experts_for}
+    flags |= {"task": task, "keep_experts_for": keep_experts_for, "against": against}
     plan = Recipe.open(recipe, merged({key: value for key, value in flags.items() if value}, given))
     if not plan.model or not plan.out:
         raise FactorMixError("factor needs MODEL and -o OUT: factormix factor MODEL -o OUT, or a recipe that has both.")
@@ -107,7 +111,7 @@ def factor(
     heal_paths, task_paths = locate_text(plan.heal_text, quiet), locate_text([task_file] if task_file else [], quiet)
     # reads all text: what is wrong with it shows before anything is computed
     data = text_hashes([*paths, *task_paths, *heal_paths])
-    source = locate(plan.model, quiet)
+    source, base = locate(plan.model, quiet), None if plan.against is None else locate(plan.against, quiet)
     _check(source, config, dtype, bool(plan.keep_experts_for), dry_run, quiet)
     if dry_run:
         return
@@ -122,13 +126,18 @@ def factor(
         own = [text for path in paths for text in read_documents(path).plain(tokenizer)]
         calibration = [text for path in task_paths for text in task_texts(path)] + own
     known = {**data, "model": identity(source, opened.config), "dtype": dtype}
+    if base is not None:
+        known["against"] = identity(base, read_config(base))
     work = work_directory(plan.out, config, known, overwrite)
     if done := len(list(work.path.glob(STAGES))):
         say(f"resuming: {done} FFNs are done in {str(work.path)!r}.", quiet)
     with work.removed_if_without(STAGES), record.phase("factorize"):
         healing = [str(path) for path in heal_paths] or None
         if plan.keep_experts_for:
-            sparse = keep_experts(opened, config, calibration, tokenizer, healing=healing, work=work, quiet=quiet)
+            teacher = None if base is None else open_model(base, dtype, device, device_map)
+            sparse = keep_experts(
+                opened, config, calibration, tokenizer, dense=teacher, healing=healing, work=work, quiet=quiet
+            )
         else:
             sparse = factorize(
                 opened, config, calibration, tokenizer,
@@ -150,6 +159,8 @@ def _task_of(plan: Recipe) -> str | None:
         raise FactorMixError(
             f"keep_experts_for {plan.keep_experts_for!r} ranks and fits on that text alone: leave text and task out."
         )
+    if plan.against and not plan.keep_experts_for:
+        raise FactorMixError(f"against {plan.against!r} goes with keep_experts_for; the dense model here is MODEL.")
     return plan.keep_experts_for or plan.task
 
 

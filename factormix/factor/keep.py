@@ -1,13 +1,13 @@
 """Keep the experts that serve a task: a factored model and the task's text in, a static model out.
 
-The shared neurons and the K' experts that serve the text best run for every token; the others go, and the router with
-them. With r_ti = 1 where the router chose expert i for token t, and w_t = 1 / (|F(x_t)|^2 + c), an FFN keeps the set C
-that leaves the least of what the routed model says:
+The shared neurons S(x) and the K' experts that serve the text best run for every token; the others go, and the router
+with them. With w_t = 1 / (|F(x_t)|^2 + c), an FFN keeps the set C that comes nearest to the outputs F it is to have,
 
-    lost(C) = sum_t w_t |sum_i r_ti E_i(x_t) - sum_(i in C) E_i(x_t)|^2
+    lost(C) = sum_t w_t |F(x_t) - S(x_t) - sum_(i in C) E_i(x_t)|^2
 
-built greedily, expert by expert. It weighs how often an expert is chosen by what it adds, and against what it says
-where it was not chosen. Then, as in `factorize`, the FFN is fitted to the routed one's outputs on the same text.
+built greedily, expert by expert. F is the dense model's FFN where that model is at hand, else the routed one: then an
+expert counts by how often it is chosen and by what it adds, and against what it says where it was not chosen. Then, as
+in `factorize`, the FFN is fitted to F on the same text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from factormix.factor.factorize import packed_text, replace_ffns
 from factormix.factor.fit import CHUNK, FLOOR, SiteReport, fit_site
 from factormix.factor.heal import heal
 from factormix.factor.lockstep import Lockstep
-from factormix.ffn import FFNSite, shared_copy
+from factormix.ffn import FFNSite, isolate, shared_copy
 from factormix.nn import FactorMixMixin, Layout, SparseFFN, SparseSpec, adopt, sites_of
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
@@ -43,6 +43,7 @@ def keep_experts(
     task: Packed | Sequence[str],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    dense: PreTrainedModel | None = None,
     healing: Packed | Sequence[str] | None = None,
     work: WorkDirectory | None = None,
     quiet: bool = False,
@@ -52,9 +53,11 @@ def keep_experts(
     Args:
         model: a FactorMix model with routed experts. It stays usable; the result shares all but its FFNs.
         config: `layout` says what stays: S6A0E16 keeps 6 of 16 slices, so of an S4A4E16 model the 4 shared ones and 2
-            experts. Windows, tokens, seed, layer fit and healing as in `factorize`, with `model` as the teacher.
+            experts. Windows, tokens, seed, layer fit and healing as in `factorize`.
         task: the task's text: packed windows, documents or paths.
         tokenizer: needed for documents.
+        dense: the dense model that `model` was made from, the teacher of ranking, fit and healing; else `model` is, and
+            what its router lost on this text stays lost.
         healing: text for healing; by default the task's.
         work, quiet: as in `factorize`.
 
@@ -64,17 +67,21 @@ def keep_experts(
 
     Raises:
         FactorMixError: a model that is not factored or has nothing to drop, a layout that it cannot become, options
-            that say how experts are made.
+            that say how experts are made, a dense model of other FFNs.
     """
     if not isinstance(model, FactorMixMixin):
         raise FactorMixError(f"{type(model).__name__} is dense; its experts can be kept once it is factored.")
+    if dense is not None and (isinstance(dense, FactorMixMixin) or sites_of(dense) != sites_of(model)):
+        raise FactorMixError(
+            f"{type(dense).__name__} is not the dense model that this {type(model).__name__} was made of."
+        )
     sparse = model.sparse_ffns()
     check_keep(config, {index: ffn.spec for index, ffn in sparse.items()})
     sites = {site: _static(sparse[site.index].spec, config.cut) for site in sites_of(model) if site.index in sparse}
     packed = packed_text(task, model, tokenizer, config.window, config.tokens, config.seed)
     started = time.perf_counter()
     student = shared_copy(model).eval()
-    reports = replace_ffns(student, sites, packed, partial(_kept, config=config), work=work, quiet=quiet)
+    reports = replace_ffns(student, sites, packed, partial(_kept, config=config, dense=dense), work=work, quiet=quiet)
     made_by: dict[str, Any] = {
         "config": config.to_dict(),
         "calibration": {"tokens": packed.tokens, "sha256": packed.sha256},
@@ -85,8 +92,9 @@ def keep_experts(
     adopt(student, sites, made_by)
     if config.heal.tokens:
         source = task if healing is None else healing
+        teacher = model if dense is None else dense
         text = packed_text(source, model, tokenizer, config.window, config.heal.tokens, config.seed + 1)
-        made_by["healing"] = heal(student, model, text, config.heal, seed=config.seed, work=work, quiet=quiet)
+        made_by["healing"] = heal(student, teacher, text, config.heal, seed=config.seed, work=work, quiet=quiet)
     return student.eval()
 
 
@@ -133,11 +141,14 @@ def _static(spec: SparseSpec, cut: Layout) -> SparseSpec:
 
 
 def _kept(
-    steps: Lockstep, site: FFNSite, x: Tensor, target: Tensor, config: FactorConfig
+    steps: Lockstep, site: FFNSite, x: Tensor, target: Tensor, config: FactorConfig, dense: PreTrainedModel | None
 ) -> tuple[SparseFFN, SiteReport]:
     """One routed FFN made static and fitted; x, target (T, H)."""
     routed = steps.old(site)
     assert isinstance(routed, SparseFFN)
+    if dense is not None:
+        with torch.no_grad():
+            target = torch.cat([isolate(dense, site)(rows) for rows in x.split(CHUNK)])  # (T, H)
     report = SiteReport(site=site.index, layer=site.layers[0])
     report.kept = most_useful(routed, x, target, config.cut.shared - routed.spec.shared)
     ffn = static_ffn(routed, report.kept)
@@ -152,22 +163,22 @@ def most_useful(ffn: SparseFFN, x: Tensor, target: Tensor, count: int) -> list[i
     Args:
         ffn: routed.
         x: (T, H) its inputs.
-        target: (T, H) its outputs.
+        target: (T, H) the outputs F that are wanted.
         count: K', 0 to R.
     """
-    assert ffn.experts is not None and ffn.router is not None
+    assert ffn.experts is not None
     packed, routed = ffn.experts.packed(), ffn.spec.layout.routed
     gram = torch.zeros(routed, routed, device=x.device)  # (R, R) sum_t w_t E_i . E_j
-    moment = torch.zeros(routed, device=x.device)  # (R,) sum_t w_t E_i . (what the router chose)
+    moment = torch.zeros(routed, device=x.device)  # (R,) sum_t w_t E_i . (F - S)
     size = target.float().square().sum(-1)  # (T,)
     weight = (size + FLOOR * size.median()).clamp_min(1e-30).reciprocal()  # (T,)
-    for xs, ws in zip(x.split(CHUNK), weight.split(CHUNK), strict=True):
+    for xs, fs, ws in zip(x.split(CHUNK), target.split(CHUNK), weight.split(CHUNK), strict=True):
         outputs = torch.stack([packed.run(i, xs).float() for i in range(routed)], dim=1)  # (C, R, H)
-        _, chosen = ffn.router(xs)  # (C, K)
-        hot = torch.zeros(outputs.shape[:2], device=x.device).scatter_(1, chosen, 1.0)  # (C, R)
-        products = outputs @ outputs.transpose(1, 2) * ws[:, None, None]  # (C, R, R)
-        gram += products.sum(0)
-        moment += (products @ hot.unsqueeze(-1)).sum((0, 2))
+        rest = fs.float() if ffn.shared is None else fs.float() - ffn.shared(xs).float()  # (C, H)
+        rest = rest if ffn.bias is None else rest - ffn.bias.float()
+        weighed = outputs * ws[:, None, None]  # (C, R, H)
+        gram += torch.einsum("crh,csh->rs", weighed, outputs)
+        moment += torch.einsum("crh,ch->r", weighed, rest)
     kept: list[int] = []
     for _ in range(count):
         gain = 2 * moment - gram.diagonal() - 2 * gram[:, kept].sum(1)  # (R,) what lost(C) falls by

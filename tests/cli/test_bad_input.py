@@ -229,4 +229,5 @@ def test_experts_that_cannot_be_kept(refused: Refused, sparse: Path, llama: Path
     keep = ("--keep-experts-for", text, "-o", "out")
     assert "is dense" in refused("factor", llama, *keep, "--layout", "S2A0E4")
     assert "S1A0E4 to S3A0E4" in refused("factor", sparse, *keep)
+    assert "goes with keep_experts_for" in refused("factor", llama, "-o", "out", "--against", llama)
     assert "leave text and task out" in refused("factor", sparse, *keep, "--layout", "S2A0E4", "--text", text)

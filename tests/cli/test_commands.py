@@ -275,13 +275,17 @@ def test_factor_for_a_task(run: Run, llama: Path, text: Path) -> None:
     assert Path("out/model.factormix.safetensors").read_bytes() != Path("both/model.factormix.safetensors").read_bytes()
 
 
-def test_keep_experts_for_a_task(run: Run, sparse: Path, text: Path) -> None:
+def test_keep_experts_for_a_task(run: Run, sparse: Path, llama: Path, text: Path) -> None:
     keep = ("factor", sparse, "--keep-experts-for", text, *CUT[2:], "--layout", "S3A0E4", "-o", "out")
     said = run(*keep, "--dry-run")
     assert "S1A1E4 -> S3A0E4" in said and "the 2 of 3 experts" in said and not Path("out").exists()
-    run(*keep)
+    run(*keep, "--against", llama)
     made = read("out/run.json")
-    assert made["config"]["keep_experts_for"] == str(text) and list(made["data"]) == ["words.txt"]
+    assert (
+        made["config"]["against"] == str(llama)
+        and made["config"]["keep_experts_for"] == str(text)
+        and list(made["data"]) == ["words.txt"]
+    )
     assert made["metrics"]["active_fraction"] == 0.75
     assert [len(site["kept"]) for site in read("out/config.json")["factormix"]["made_by"]["sites"]] == [2, 2]
     run("eval", "out", "--against", sparse, "--text", text, "--window", 32, "--tokens", 512, "--json", "e.json")

@@ -120,6 +120,22 @@ def test_each_ffn_is_fitted_at_the_states_of_the_static_ones_before() -> None:
     assert torch.allclose(ffn(seen[0]), static_ffn(old, kept)(seen[0]), atol=1e-6)
 
 
+def test_the_dense_model_is_the_teacher_where_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, routed = tiny_model("llama"), sparsify(tiny_model("llama"), "S1A1E4")
+    asked: list[tuple[Tensor, Tensor]] = []
+    own = keep.most_useful
+    monkeypatch.setattr(keep, "most_useful", lambda ffn, x, *rest: asked.append((x, rest[0])) or own(ffn, x, *rest))
+    config = FactorConfig.parse("S2A0E4", fit_passes=4, **QUICK)
+    static = [keep_experts(routed, config, windows(), dense=each, quiet=True) for each in (dense, None)]
+    for layer, (x, target) in zip(dense.model.layers, asked[: len(dense.model.layers)], strict=True):
+        assert torch.allclose(layer.mlp(x), target, atol=1e-5)
+    with torch.no_grad():
+        outputs = [model(input_ids=windows().input_ids).logits for model in (dense, *static)]
+    assert (outputs[1] - outputs[0]).norm() < (outputs[2] - outputs[0]).norm()
+    with pytest.raises(FactorMixError, match="not the dense model"):
+        keep_experts(routed, config, windows(), dense=tiny_model("gpt2"), quiet=True)
+
+
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     routed = sparsify(tiny_model("llama"), "S1A1E4")
     config = FactorConfig.parse("S2A0E4", **QUICK)
