@@ -22,8 +22,8 @@ TEXT = (HERE.parents[1] / "README.md").read_text(encoding="utf-8")
 NEW_TOKENS, TEXT_TOKENS = 64, 128
 NEAR_TIE = 0.05  # nats between the two first tokens: engines add in another order
 PROMPTS = ("The capital of France is", "Once upon a time there was a", "The committee met on Monday and")
-LEGAL = {"hidden_size": 128, "intermediate_size": 512, "head_dim": 32, "max_position_embeddings": 256}
-"""Sizes that every engine takes: whole blocks of 32 in an expert, a row and a head."""
+LEGAL = {"hidden_size": 64, "intermediate_size": 512, "head_dim": 16, "max_position_embeddings": 256}
+"""Sizes that llama.cpp takes: whole blocks of 32 in an expert and a row."""
 
 
 def python_of(engine: str) -> str:
