@@ -1,4 +1,5 @@
-"""Which path runs: by device, number of tokens, whether gradients are wanted, and whether torch.compile is tracing."""
+"""Which path runs: the C++ operator where it serves, a GPU's kernels where they do; else by the number of tokens and
+whether gradients are wanted. Where torch.compile is tracing, all of it is one opaque operator."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from factormix.experts.grouped import grouped
 from factormix.experts.packed import PackedExperts
 from factormix.experts.tokenwise import tokenwise
 
-DECODE_TOKENS = 4  # up to this many tokens, matrix-vector products beat grouping (benchmarks/experts.py)
+DECODE_TOKENS = 4  # up to this many tokens, PyTorch's matrix-vector products beat grouping
 
 
 def run_experts(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: PackedExperts) -> Tensor:
@@ -31,10 +32,10 @@ def run_experts(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: Packed
 
 
 def _eager(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: PackedExperts) -> Tensor:
+    if native.serves(x, [experts]):
+        return native.decode(x, chosen, scale, experts, None)
     few = len(x) <= DECODE_TOKENS and x.device.type == "cpu"
     if few and not torch.is_grad_enabled():
-        if native.serves(x, [experts]):
-            return native.decode(x, chosen, scale, experts, None)
         return tokenwise(x, chosen, scale, experts)
     if gpu.serves(x, [experts]):
         return gpu.decode(x, chosen, scale, experts, None)

@@ -44,6 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(gpu, "_decode", decode)
     monkeypatch.setattr(gpu, "_route", route)
     monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "most_tokens", lambda: 0)
     return seen
 
 
