@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo demo-full test test-engines check format
+.PHONY: help venv demo demo-full test test-engines test-triton check format
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -46,6 +46,13 @@ test-engines: $(STAMP) $(ENGINES)  ## exported models in plain transformers, lla
 	FACTORMIX_PLAIN_PYTHON=.venv-plain/bin/python FACTORMIX_LLAMA_PYTHON=.venv-llama/bin/python \
 	FACTORMIX_VLLM_PYTHON=.venv-vllm/bin/python \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/engines
+
+# Triton alone is 290 MB to download, so it is no part of .venv, and lies where only this target looks.
+.venv-triton: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton || { rm -rf $@; exit 1; }
+
+test-triton: .venv-triton  ## the GPU kernels in Triton's interpreter and compiler, which it installs; no GPU needed
+	PYTHONPATH=.venv-triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/experts/test_gpu.py
 
 check: $(STAMP)  ## ruff, mypy, the import graph, then all tests
 	$(BIN)/ruff check .

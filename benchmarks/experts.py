@@ -1,79 +1,160 @@
-"""One FFN, dense against each path of the experts, by the number of tokens: what `experts/dispatch.py` chooses by.
+"""One FFN, dense against sparse, by the number of tokens; and where the time of one call goes.
 
-    OMP_NUM_THREADS=1 python benchmarks/experts.py [HIDDEN INNER LAYOUT]
+    python benchmarks/experts.py [--hidden 2048 --inner 5632] [--layout S4A4E16 ...] [--dtype float32 ...]
+    python benchmarks/experts.py --profile
 
-Random weights of a gated FFN (by default SmolLM2's shape), several copies in turn so that no cache holds them; median
-microseconds a call of the routed experts alone, and of a dense FFN of all neurons.
+Random weights of a gated FFN, several copies in turn so that no cache holds them, dense and sparse alternating. A row
+of the table: median microseconds a call (and the middle half of them), dense over sparse, and the roofline: the dense
+FFN's weights over those of the slices that these tokens really choose, up to 64 tokens; above, 1 / the active fraction.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from factormix.experts import PackedExperts
-from factormix.experts.grouped import grouped
-from factormix.experts.tokenwise import tokenwise
-from factormix.nn import Layout
+from factormix.experts import native
+from factormix.nn import Layout, SparseFFN, SparseSpec
 
-COPIES, ROUNDS = 16, 5
-
-
-def median_us(calls: list[Callable[[], object]]) -> float:
-    """Median over rounds and calls, after one round of warm-up."""
-    times = []
-    for round_ in range(ROUNDS + 1):
-        for call in calls:
-            started = time.perf_counter()
-            call()
-            if round_:
-                times.append(time.perf_counter() - started)
-    return 1e6 * statistics.median(times)
+BYTES = 600e6  # of copies, more than any cache
+KEPT = 1.5  # seconds a row
 
 
-def dense_ffn(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """x (T, H), up (2I, H), down (H, I) -> (T, H)."""
-    gate, value = F.linear(x, up).chunk(2, dim=-1)  # (T, I) each
-    return F.linear(F.silu(gate) * value, down)
+def dense_ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """x (T, H), gate and up (I, H), down (H, I) -> (T, H): what transformers' MLP does."""
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def dense_weights(hidden: int, inner: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up and down."""
+    shapes = (inner, hidden), (inner, hidden), (hidden, inner)
+    gate, up, down = ((torch.randn(shape) / shape[1] ** 0.5).to(dtype) for shape in shapes)
+    return gate, up, down
+
+
+def sparse_ffn(hidden: int, inner: int, cut: Layout, dtype: torch.dtype) -> SparseFFN:
+    """Random weights."""
+    ffn = SparseFFN(SparseSpec(hidden, cut.width(inner), cut.shared, cut.active, cut.slices, "silu", True))
+    for parameter in ffn.parameters():
+        parameter.copy_(torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
+    return ffn.to(dtype).eval()
+
+
+def alternate(*sides: list[Callable[[], object]]) -> list[list[float]]:
+    """Microseconds of every call of each side, the copies in turn, after a round of warm-up."""
+    times: list[list[float]] = [[] for _ in sides]
+    end, first = time.perf_counter() + KEPT, True
+    while first or time.perf_counter() < end or len(times[0]) < 6:
+        for calls in zip(*sides):
+            for side, call in enumerate(calls):
+                started = time.perf_counter()
+                call()
+                if not first:
+                    times[side].append(1e6 * (time.perf_counter() - started))
+        first = False
+    return times
+
+
+def spread(times: list[float]) -> str:
+    """Median and quartiles."""
+    low, middle, high = statistics.quantiles(times, n=4)
+    return f"{middle:.0f} ({low:.0f}-{high:.0f})"
+
+
+def roofline(ffn: SparseFFN, x: Tensor) -> float:
+    """Dense over sparse, at most: weights of the slices that are read, at few tokens; the active fraction, at many."""
+    cut = ffn.spec.layout
+    hit = cut.shared
+    if ffn.router is not None:
+        hit += len(ffn.router(x)[1].unique())
+    return cut.slices / max(hit if len(x) <= 64 else 0, cut.shared + cut.active)
+
+
+def table(
+    hidden: int, inner: int, layouts: list[str], dtypes: list[str], threads: list[int], tokens: list[int]
+) -> None:
+    """Print the rows, Markdown."""
+    print(f"H {hidden}, I {inner}\n")
+    print("| layout | dtype | threads | T | dense, us | sparse, us | ratio | roofline |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name in dtypes:
+        dtype = getattr(torch, name)
+        copies = max(2, int(BYTES / (3 * hidden * inner * dtype.itemsize)))
+        dense = [dense_weights(hidden, inner, dtype) for _ in range(copies)]
+        for layout in layouts:
+            sparse = [sparse_ffn(hidden, inner, Layout.parse(layout), dtype) for _ in range(copies)]
+            for count in threads:
+                torch.set_num_threads(count)
+                for t in tokens:
+                    x = torch.randn(t, hidden).to(dtype)
+                    a, b = alternate([partial(dense_ffn, x, *w) for w in dense], [partial(ffn, x) for ffn in sparse])
+                    ratio = statistics.median(a) / statistics.median(b)
+                    limit = statistics.mean(roofline(ffn, x) for ffn in sparse)
+                    row = (layout, name, count, t, spread(a), spread(b), f"{ratio:.2f}", f"{limit:.2f}")
+                    print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
+def profile(hidden: int, inner: int, layouts: list[str], dtypes: list[str], threads: list[int]) -> None:
+    """Print the parts of one token's call: the router and the call's fixed cost, beside the whole."""
+    print(f"H {hidden}, I {inner}, one token\n")
+    print("| layout | dtype | threads | weights read, MB | FFN, us | router, us | fixed cost, us | both, share |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name in dtypes:
+        dtype = getattr(torch, name)
+        for layout in layouts:
+            copies = max(2, int(BYTES / (3 * hidden * inner * dtype.itemsize)))
+            cut = Layout.parse(layout)
+            sparse = [sparse_ffn(hidden, inner, cut, dtype) for _ in range(copies)]
+            # all but the weights: two neurons an expert
+            small = [sparse_ffn(8, 2 * cut.slices, cut, dtype) for _ in range(copies)]
+            x, y = torch.randn(1, hidden).to(dtype), torch.randn(1, 8).to(dtype)
+            read = 3 * hidden * inner * cut.active_fraction * dtype.itemsize / 1e6
+            for count in threads:
+                torch.set_num_threads(count)
+                whole, fixed, router, call = (
+                    statistics.median(times)
+                    for times in alternate(
+                        [partial(ffn, x) for ffn in sparse],
+                        [partial(ffn, y) for ffn in small],
+                        [partial(ffn.router, x) for ffn in sparse],
+                        [partial(ffn.router, y) for ffn in small],
+                    )
+                )
+                scoring = max(0.0, router - call)  # its own arithmetic; in the FFN it shares the one call
+                row = (
+                    f"{read:.1f}",
+                    f"{whole:.0f}",
+                    f"{scoring:.1f}",
+                    f"{fixed:.1f}",
+                    f"{(scoring + fixed) / whole:.1%}",
+                )
+                print("| " + " | ".join((layout, name, str(count), *row)) + " |", flush=True)
 
 
 @torch.no_grad()
-def main(hidden: int = 576, inner: int = 1536, layout: str = "S4A4E16") -> None:
-    cut = Layout.parse(layout)
-    width = cut.width(inner)
-    print(f"H {hidden}, I {inner}, {cut}, {torch.get_num_threads()} thread(s); microseconds")
-    print(f"{'dtype':<10}{'tokens':>7}{'dense':>10}{'tokenwise':>11}{'grouped':>10}")
-    for dtype in (torch.float32, torch.bfloat16):
-        dense = [
-            (torch.randn(2 * inner, hidden).to(dtype), torch.randn(hidden, inner).to(dtype)) for _ in range(COPIES)
-        ]
-        packs = [
-            PackedExperts(
-                torch.randn(cut.routed, 2 * width, hidden).to(dtype),
-                torch.randn(cut.routed, hidden, width).to(dtype),
-                None,
-                "silu",
-                True,
-            )
-            for _ in range(COPIES)
-        ]
-        for tokens in (1, 2, 4, 8, 16, 64, 512):
-            x = torch.randn(tokens, hidden).to(dtype)
-            chosen = torch.rand(tokens, cut.routed).topk(cut.active, dim=1).indices  # (T, K)
-
-            row = [
-                median_us([partial(dense_ffn, x, *w) for w in dense]),
-                median_us([partial(tokenwise, x, chosen, None, p) for p in packs]),
-                median_us([partial(grouped, x, chosen, None, p) for p in packs]),
-            ]
-            print(f"{str(dtype)[6:]:<10}{tokens:>7}{row[0]:>10.0f}{row[1]:>11.0f}{row[2]:>10.0f}")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--inner", type=int, default=5632)
+    parser.add_argument("--layout", nargs="+", default=["S4A4E16", "S0A2E4", "S2A2E16", "S0A1E4"])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 8, 16, 64, 512])
+    parser.add_argument("--profile", action="store_true", help="the parts of one token's call")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, C++ operator: {native.most_tokens() > 0}; ", end="")
+    if args.profile:
+        return profile(args.hidden, args.inner, args.layout, args.dtype, args.threads)
+    return table(args.hidden, args.inner, args.layout, args.dtype, args.threads, args.tokens)
 
 
 if __name__ == "__main__":
-    main(*(kind(value) for kind, value in zip((int, int, str), sys.argv[1:])))
+    main()

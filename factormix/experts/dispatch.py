@@ -1,15 +1,17 @@
-"""Which path runs: by the number of tokens, whether gradients are wanted, and whether torch.compile is tracing."""
+"""Which path runs: the C++ operator where it serves, a GPU's kernels where they do; else by the number of tokens and
+whether gradients are wanted. Where torch.compile is tracing, all of it is one opaque operator."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from factormix.experts import gpu, grouped_mm, native
 from factormix.experts.grouped import grouped
 from factormix.experts.packed import PackedExperts
 from factormix.experts.tokenwise import tokenwise
 
-DECODE_TOKENS = 4  # up to this many tokens, matrix-vector products beat grouping (benchmarks/experts.py)
+DECODE_TOKENS = 4  # up to this many tokens, PyTorch's matrix-vector products beat grouping
 
 
 def run_experts(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: PackedExperts) -> Tensor:
@@ -30,9 +32,15 @@ def run_experts(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: Packed
 
 
 def _eager(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: PackedExperts) -> Tensor:
+    if native.serves(x, [experts]):
+        return native.decode(x, chosen, scale, experts, None)
     few = len(x) <= DECODE_TOKENS and x.device.type == "cpu"
     if few and not torch.is_grad_enabled():
         return tokenwise(x, chosen, scale, experts)
+    if gpu.serves(x, [experts]):
+        return gpu.decode(x, chosen, scale, experts, None)
+    if grouped_mm.serves(x, experts):
+        return grouped_mm.grouped_mm(x, chosen, scale, experts)
     return grouped(x, chosen, scale, experts)
 
 

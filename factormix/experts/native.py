@@ -1,7 +1,7 @@
-"""The C++ operator for decoding on a CPU (`decode.cpp`): built on first use, kept in the cache.
+"""The C++ operator for CPUs (`ffn.cpp`, `kernels.h`): a whole sparse FFN in one call, built on first use.
 
-Without a compiler, or with FACTORMIX_NATIVE=0, everything runs on PyTorch's own operators, a little slower at a few
-tokens; one warning says so. The file in the cache is named after the source, the compiler and the machine's kind.
+Without a compiler, or with FACTORMIX_NATIVE=0, everything runs on PyTorch's own operators, slower; one warning says so.
+The file in the cache is named after the source, the compiler and the machine's kind.
 """
 
 from __future__ import annotations
@@ -26,49 +26,68 @@ from factormix.experts.packed import PackedExperts
 from factormix.run.directory import atomic_path
 from factormix.run.errors import FactorMixError
 
-SOURCE = Path(__file__).with_name("decode.cpp")
-FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi", *(["-fopenmp"] if sys.platform == "linux" else []))
-TOKENS = 4  # at most; more tokens amortise PyTorch's cost a call
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("ffn.cpp", "kernels.h"))
+FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi", *(["-fopenmp"] if sys.platform == "linux" else []))
+FEW = 4  # tokens that the processor's baseline serves; AVX2 and above serve any number
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3}
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+GIVEN, CONSTANT, SIGMOID = 0, 1, 2  # `enum Gate`: where the weights of the chosen experts come from
 
 
 class _Call(ctypes.Structure):
-    """`struct Call` of decode.cpp."""
+    """`struct Call` of ffn.cpp."""
 
     _fields_ = [
         *[
             (name, ctypes.c_void_p)
-            for name in "x chosen scale up down bias shared_up shared_down shared_bias y".split()
+            for name in (
+                "x y router scores chosen weights up down up_bias shared_up shared_down shared_up_bias "
+                "up_scale down_scale shared_up_scale shared_down_scale"
+            ).split()
         ],
         *[
             (name, ctypes.c_int64)
-            for name in "tokens hidden routed active width shared_width bf16 kind gated threads".split()
+            for name in (
+                "tokens hidden routed active width shared_width bf16 router_bf16 kind store gated gate threads"
+            ).split()
         ],
+        ("factor", ctypes.c_double),
     ]
 
 
 def serves(x: Tensor, parts: Sequence[PackedExperts]) -> bool:
-    """Whether `decode` computes this: a few tokens on a CPU, no gradient, autocast or tracing; else PyTorch does."""
+    """Whether `decode` and `forward` compute this: on a CPU, without gradient, autocast, tracing or a dispatch mode
+    (which counts or fakes PyTorch's operators); else PyTorch does."""
     return (
-        0 < len(x) <= TOKENS
+        _plain(x)
+        and not torch.is_autocast_enabled("cpu")
+        and all(_lies_ready(part, x.dtype) for part in parts)
+        and 0 < x.shape[0] <= most_tokens()
+    )
+
+
+def routes(x: Tensor, router: Tensor) -> bool:
+    """Whether `route`, and the router of `forward`, compute this; under autocast too, which does not reach scores."""
+    return _plain(x) and router.is_cpu and router.dtype in DTYPES and router.is_contiguous() and library() is not None
+
+
+def _plain(x: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and x.is_cpu
         and x.dtype in DTYPES
         and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and all(part.activation in ACTIVATIONS for part in parts)
-        and all(_lies_ready(weight, x) for part in parts for weight in (part.up, part.down, part.up_bias))
-        and library() is not None
+        and not torch._C._len_torch_dispatch_stack()
     )
 
 
 def decode(
     x: Tensor, chosen: Tensor | None, scale: Tensor | None, experts: PackedExperts | None, shared: PackedExperts | None
 ) -> Tensor:
-    """Shared neurons and chosen experts of a few tokens.
+    """Shared neurons and chosen experts.
 
     Args:
-        x: (T, H), T at most `TOKENS`.
+        x: (T, H).
         chosen: (T, K) int64, distinct in a row; None without experts.
         scale: (T, K) or None for 1.
         experts: of R experts, or None.
@@ -80,26 +99,88 @@ def decode(
     Raises:
         FactorMixError: an expert that does not exist, or twice in a row of `chosen`.
     """
-    some = shared or experts
-    built = library()
-    assert some is not None and built is not None
-    single = x.float().contiguous()  # (T, H)
-    y = torch.empty_like(single)  # (T, H)
-    call = _Call(
-        x=single.data_ptr(), y=y.data_ptr(), tokens=x.shape[0], hidden=x.shape[1], bf16=x.dtype == torch.bfloat16,
-        kind=ACTIVATIONS[some.activation], gated=some.gated, threads=torch.get_num_threads(),
-    )  # fmt: skip
-    if shared is not None:
-        call.shared_up, call.shared_down, call.shared_bias = _pointers(shared)
-        call.shared_width = shared.down.shape[2]  # type: ignore[union-attr]
+    call, y, kept = _call(x, experts, shared)
     if experts is not None and chosen is not None:
-        call.up, call.down, call.bias = _pointers(experts)
-        call.routed, _, call.width = experts.down.shape  # type: ignore[union-attr]
         chosen, scale = chosen.contiguous(), None if scale is None else scale.float().contiguous()
-        call.chosen, call.scale, call.active = chosen.data_ptr(), _pointer(scale), chosen.shape[1]
-    if built.factormix_decode(ctypes.byref(call)):
+        call.chosen, call.weights, call.active = chosen.data_ptr(), _pointer(scale), chosen.shape[1]
+    if library().factormix_ffn(ctypes.byref(call)):  # type: ignore[union-attr]
         raise FactorMixError(f"experts {chosen.tolist()} of {call.routed}: each must exist, once a token.")  # type: ignore[union-attr]
-    return y.to(x.dtype)
+    del kept
+    return y
+
+
+def forward(
+    x: Tensor,
+    router: Tensor,
+    active: int,
+    gate: int,
+    factor: float,
+    experts: PackedExperts,
+    shared: PackedExperts | None,
+) -> Tensor:
+    """Router, shared neurons and chosen experts: all of a sparse FFN but its output bias.
+
+    Args:
+        x: (T, H).
+        router: (R, H), float32 or bfloat16, contiguous.
+        active: K.
+        gate: CONSTANT, the outputs times `factor`; or SIGMOID, times the score's sigmoid.
+        factor: a number.
+        experts: of R experts.
+        shared: of one "expert", the shared neurons, or None.
+
+    Returns:
+        (T, H) in x's dtype; summed in float32. Scores are summed in float64, each in one order whatever the batch.
+    """
+    call, y, kept = _call(x, experts, shared)
+    chosen = torch.empty((len(x), active), dtype=torch.int64)  # (T, K)
+    call.router, call.router_bf16, call.chosen = router.data_ptr(), router.dtype == torch.bfloat16, chosen.data_ptr()
+    call.active, call.gate, call.factor = active, gate, factor
+    library().factormix_ffn(ctypes.byref(call))  # type: ignore[union-attr]
+    del kept
+    return y
+
+
+def route(x: Tensor, router: Tensor, active: int) -> tuple[Tensor, Tensor]:
+    """Scores and choices alone: x (T, H), router (R, H) -> (T, R) float32 and (T, K) int64, best first."""
+    x = x.contiguous()
+    scores = torch.empty((len(x), len(router)), dtype=torch.float32)  # (T, R)
+    chosen = torch.empty((len(x), active), dtype=torch.int64)  # (T, K)
+    call = _Call(
+        x=x.data_ptr(), router=router.data_ptr(), scores=scores.data_ptr(), chosen=chosen.data_ptr(), tokens=len(x),
+        hidden=x.shape[1], routed=len(router), active=active, bf16=x.dtype == torch.bfloat16,
+        router_bf16=router.dtype == torch.bfloat16, threads=torch.get_num_threads(),
+    )  # fmt: skip
+    library().factormix_ffn(ctypes.byref(call))  # type: ignore[union-attr]
+    return scores, chosen
+
+
+def _call(x: Tensor, experts: PackedExperts | None, shared: PackedExperts | None) -> tuple[_Call, Tensor, Tensor]:
+    """The arguments but for the choice; the output; and the input, to be kept until the call is over."""
+    some = shared or experts
+    assert some is not None
+    x = x.contiguous()  # (T, H)
+    y = torch.empty_like(x)  # (T, H)
+    call = _Call()
+    call.x, call.y, (call.tokens, call.hidden) = x.data_ptr(), y.data_ptr(), x.shape
+    call.bf16 = call.store = DTYPES[x.dtype]
+    call.kind, call.gated, call.threads = ACTIVATIONS[some.activation], some.gated, torch.get_num_threads()
+    if shared is not None:
+        call.shared_up, call.shared_down, call.shared_up_bias = _pointers(shared)
+        call.shared_width = shared.down.shape[2]  # type: ignore[union-attr]
+    if experts is not None:
+        call.up, call.down, call.up_bias = _pointers(experts)
+        call.routed, _, call.width = experts.down.shape  # type: ignore[union-attr]
+    return call, y, x
+
+
+@functools.cache
+def most_tokens() -> int:
+    """Tokens that a call serves at most; 0 where there is no operator."""
+    built = library()
+    if built is None:
+        return 0
+    return FEW if built.factormix_level(-1) == 0 else sys.maxsize
 
 
 @functools.cache
@@ -109,37 +190,38 @@ def library() -> ctypes.CDLL | None:
         return None
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if compiler is None:
-        warnings.warn("no C++ compiler: decoding on a CPU uses PyTorch's operators, which are slower.", stacklevel=2)
+        warnings.warn("no C++ compiler: a CPU runs experts by PyTorch's operators, which are slower.", stacklevel=2)
         return None
     try:
         built = ctypes.CDLL(str(_built(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
-        warnings.warn(f"decode.cpp was not built, PyTorch's operators are used: {str(said)[-500:]}", stacklevel=2)
+        warnings.warn(f"ffn.cpp was not built, PyTorch's operators are used: {str(said)[-500:]}", stacklevel=2)
         return None
-    built.factormix_decode.restype = ctypes.c_int64
+    built.factormix_ffn.restype = built.factormix_level.restype = ctypes.c_int64
+    built.factormix_level.argtypes = [ctypes.c_int64]
     return built
 
 
 def _built(compiler: str) -> Path:
     """The shared library, compiled unless the cache has it."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    key = hashlib.sha256("\n".join([SOURCE.read_text("utf-8"), version, platform.machine(), *FLAGS]).encode())
-    file = cache_directory() / "native" / f"decode-{key.hexdigest()[:16]}.so"
+    sources = [source.read_text("utf-8") for source in SOURCES]
+    key = hashlib.sha256("\n".join([*sources, version, platform.machine(), *FLAGS]).encode())
+    file = cache_directory() / "native" / f"ffn-{key.hexdigest()[:16]}.so"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(file) as out:
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(out)]
+            command = [compiler, *FLAGS, str(SOURCES[0]), "-o", str(out)]
             subprocess.run(command, capture_output=True, text=True, check=True)
     return file
 
 
-def _lies_ready(weight: Tensor | tuple[Tensor, ...] | None, x: Tensor) -> bool:
-    return weight is None or (
-        isinstance(weight, Tensor)
-        and weight.device.type == x.device.type == "cpu"
-        and weight.dtype == x.dtype
-        and weight.is_contiguous()
+def _lies_ready(part: PackedExperts, dtype: torch.dtype) -> bool:
+    return part.activation in ACTIVATIONS and all(
+        weight is None
+        or (isinstance(weight, Tensor) and weight.dtype is dtype and weight.is_cpu and weight.is_contiguous())
+        for weight in (part.up, part.down, part.up_bias)
     )
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from factormix.experts import gpu, native
+
 RouterKind = Literal["linear", "mlp", "neuron"]
 
 
@@ -24,7 +26,8 @@ class Router(nn.Module):
 
     The scores are summed in float64 where the device has a fast enough one (CPU) and rounded to float32: a matrix
     product adds in another order when the batch has another size, and in float32 that alone flips near-ties. So equal
-    rows get equal scores, hence the same experts, in any batch.
+    rows get equal scores, hence the same experts, in any batch; of experts with equal scores the first is chosen. On a
+    GPU, a kernel of our own does the same in float32.
     """
 
     def __init__(self, hidden: int, routed: int, active: int) -> None:
@@ -34,10 +37,18 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (T, H) -> scores z (T, R) float32 and chosen experts (T, K) int64, best first."""
-        exact = torch.float64 if x.device.type == "cpu" else torch.float32
-        with torch.autocast(x.device.type, enabled=False):
-            scores = self.scores(x.to(exact)).float()  # (T, R)
-        return scores, scores.topk(self.active, dim=-1).indices  # (T, R), (T, K)
+        if type(self) is Router and gpu.routes(x):
+            return gpu.route(x, self.weight, self.active)
+        if type(self) is Router and native.routes(x, self.weight):
+            return native.route(x, self.weight, self.active)
+        if x.device.type != "cpu":
+            with torch.autocast(x.device.type, enabled=False):
+                scores = self.scores(x.float())  # (T, R)
+            return scores, scores.topk(self.active, dim=-1).indices  # (T, R), (T, K)
+        with torch.autocast("cpu", enabled=False):
+            scores = self.scores(x.double()).float()  # (T, R)
+        order = scores.sort(dim=-1, descending=True, stable=True).indices  # (T, R); topk leaves ties to chance
+        return scores, order[:, : self.active]  # (T, R), (T, K)
 
     def scores(self, x: Tensor) -> Tensor:
         """x (T, H) -> z (T, R), in the dtype of x."""

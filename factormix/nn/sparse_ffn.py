@@ -13,9 +13,9 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from factormix.experts import PackedExperts, native, run_experts
+from factormix.experts import PackedExperts, gpu, native, run_experts
 from factormix.nn.layout import Layout
-from factormix.nn.router import RouterKind, make_router
+from factormix.nn.router import Router, RouterKind, make_router
 from factormix.run.errors import choose
 
 Gate = Literal["hard", "paper", "soft"]
@@ -124,7 +124,7 @@ def _untouched(part: nn.Module | None) -> bool:
         return True
     inner = list(part.children())
     return (
-        type(part) in (SharedNeurons, RoutedExperts)
+        type(part) in (SharedNeurons, RoutedExperts, Router)
         and all(type(module) is nn.Linear for module in inner)
         and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in (part, *inner))
     )
@@ -153,31 +153,43 @@ class SparseFFN(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states (..., H) -> (..., H)."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        chosen = scale = None
-        if self.router is not None:
-            scores, chosen = self.router(x)  # (T, R), (T, K)
-            scale = self.scale(scores, chosen)  # (T, K)
-        y = self._native(x, chosen, scale)  # (T, H)
+        y = self._at_once(x)  # (T, H)
         if y is None:
             y = None if self.shared is None else self.shared(x)
             if self.experts is not None:
-                routed = self.experts(x, chosen, scale)  # (T, H)
+                routed = self.experts(x, *self._routed(x))  # (T, H)
                 y = routed if y is None else y + routed
         assert y is not None  # Layout refuses S + K = 0
         if self.bias is not None:
             y = y + self.bias
         return y.view(hidden_states.shape)
 
-    def _native(self, x: Tensor, chosen: Tensor | None, scale: Tensor | None) -> Tensor | None:
-        """A few tokens by the C++ operator, all parts at once; None where it does not serve, or where somebody has put
-        something of their own (an adapter, a quantised layer, a hook) in the place of a part."""
-        if len(x) > native.TOKENS or not all(_untouched(part) for part in (self.shared, self.experts)):
+    def _routed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Choice and scale: x (T, H) -> (T, K), (T, K) or None."""
+        assert self.router is not None
+        scores, chosen = self.router(x)  # (T, R), (T, K)
+        return chosen, self.scale(scores, chosen)
+
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """All parts at once by the C++ operator or a GPU's kernels; None where neither serves, or where somebody has
+        put something of their own (an adapter, a quantised layer, a hook) in the place of a part."""
+        if not (_untouched(self.shared) and _untouched(self.experts)):
             return None
         shared = None if self.shared is None else self.shared.packed()
         experts = None if self.experts is None else self.experts.packed()
-        if not native.serves(x, [part for part in (shared, experts) if part is not None]):
+        parts = [part for part in (shared, experts) if part is not None]
+        if gpu.serves(x, parts):
+            chosen, scale = (None, None) if experts is None else self._routed(x)
+            return gpu.decode(x, chosen, scale, experts, shared)
+        if not native.serves(x, parts):
             return None
-        return native.decode(x, chosen, scale, experts, shared)
+        if self.router is None or experts is None:
+            return native.decode(x, None, None, None, shared)
+        if not (_untouched(self.router) and native.routes(x, self.router.weight)):
+            return native.decode(x, *self._routed(x), experts, shared)
+        gate = native.SIGMOID if self.spec.gate == "soft" else native.CONSTANT
+        factor = self.spec.slices / self.spec.active if self.spec.gate == "paper" else 1.0
+        return native.forward(x, self.router.weight, self.spec.active, gate, factor, experts, shared)
 
     def scale(self, scores: Tensor, chosen: Tensor) -> Tensor | None:
         """What each chosen expert's output is multiplied by: (T, R), (T, K) -> (T, K), or None for 1."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from factormix.experts import PackedExperts, native
+from factormix.experts import PackedExperts, native, run_experts
 from factormix.experts.reference import reference
 from factormix.nn import SparseFFN
 from factormix.run.errors import FactorMixError
@@ -31,21 +35,47 @@ def plain(parts: PackedExperts) -> PackedExperts:
     return PackedExperts(parts.up.float(), parts.down.float(), bias, parts.activation, parts.gated)
 
 
-@settings(max_examples=150, deadline=None)
+LEVELS = range(native.library().factormix_level(-1) + 1 if native.library() else 0)  # instruction sets that run here
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@contextmanager
+def level(wanted: int) -> Iterator[None]:
+    """Another instruction set for a while."""
+    built = native.library()
+    was = built.factormix_level(-1)
+    assert built.factormix_level(wanted) == wanted
+    try:
+        yield
+    finally:
+        built.factormix_level(was)
+
+
+@pytest.mark.parametrize("at", LEVELS)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), seed=st.integers(0, 10**6))
-def test_it_is_the_reference(data: st.DataObject, seed: int) -> None:
+def test_it_is_the_reference(at: int, data: st.DataObject, seed: int) -> None:
     torch.manual_seed(seed)
     draw = data.draw
-    tokens, hidden, width = draw(st.integers(1, 4)), draw(st.integers(1, 130)), draw(st.integers(1, 70))
+    tokens = draw(st.one_of(st.integers(1, 8), st.integers(9, 150)))
+    hidden, width = draw(st.integers(1, 130)), draw(st.integers(1, 70))
+    if draw(st.booleans()):  # pairs of bfloat16 are multiplied as such
+        hidden, width = hidden + hidden % 2, width + width % 2
     routed = draw(st.integers(1, 9))
     active, gated, bias = draw(st.integers(1, routed)), draw(st.booleans()), draw(st.booleans())
-    act, dtype = draw(st.sampled_from(list(native.ACTIVATIONS))), draw(st.sampled_from(native.DTYPES))
+    act, dtype = draw(st.sampled_from(list(native.ACTIVATIONS))), draw(st.sampled_from(list(native.DTYPES)))
     x = torch.randn(tokens, hidden).to(dtype)
     experts = pack(routed, width, hidden, gated, bias, act, dtype) if draw(st.booleans()) else None
     shared = pack(1, 2 * width, hidden, gated, bias, act, dtype) if experts is None or draw(st.booleans()) else None
     chosen = torch.rand(tokens, routed).topk(active, 1).indices if experts is not None else None
     scale = torch.rand(tokens, active).to(dtype) if experts is not None and draw(st.booleans()) else None
-    got = native.decode(x, chosen, scale, experts, shared)
+    with level(at):
+        got = native.decode(x, chosen, scale, experts, shared)
     want = torch.zeros(tokens, hidden)
     if experts is not None and chosen is not None:
         want += reference(x.float(), chosen, None if scale is None else scale.float(), plain(experts))
@@ -55,9 +85,74 @@ def test_it_is_the_reference(data: st.DataObject, seed: int) -> None:
     assert float((got.float() - want).norm() / want.norm().clamp_min(1e-6)) < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
-def test_two_threads_give_the_same_numbers() -> None:
-    parts, x = pack(8, 96, 576, True, False, "silu", torch.float32), torch.randn(3, 576)
-    chosen = torch.rand(3, 8).topk(4, 1).indices
+@pytest.mark.parametrize("at", LEVELS)
+def test_activations_are_those_of_pytorch(at: int) -> None:
+    """Of single numbers, far ones too: with unit weights the output is the activation of x."""
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, 1e-30, -1e-30, 1e30, -1e30])])[:, None]  # (T, 1)
+    for act in native.ACTIVATIONS:
+        parts = PackedExperts(torch.ones(1, 1, 1), torch.ones(1, 1, 1), None, act, False)
+        with level(at):
+            got = native.decode(x, None, None, None, parts)
+        assert torch.allclose(got, parts.act(x), rtol=1e-5, atol=2e-6), act
+
+
+@pytest.mark.parametrize("at", LEVELS)
+def test_nan_stays_nan_and_with_its_token(at: int) -> None:
+    for dtype in native.DTYPES:
+        parts, x = pack(4, 16, 32, True, False, "silu", dtype), torch.randn(20, 32).to(dtype)
+        x[3] = torch.nan
+        for tokens in (5, 20):
+            with level(at):
+                y = native.decode(x[:tokens], torch.rand(tokens, 4).topk(2, 1).indices, None, parts, None)
+            assert y.isnan().all(1).nonzero().flatten().tolist() == [3] == y.isnan().any(1).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("at", LEVELS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_the_router_is_pytorchs(at: int, data: st.DataObject) -> None:
+    """Scores to float32 rounding; choices exactly, those of ties and of NaN included."""
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 10**6)))
+    hidden, routed, tokens = draw(st.integers(1, 70)), draw(st.integers(1, 70)), draw(st.integers(1, 40))
+    active = draw(st.integers(1, routed))
+    dtype, weights = draw(st.sampled_from(list(native.DTYPES))), draw(st.sampled_from(list(native.DTYPES)))
+    x, router = torch.randn(tokens, hidden).to(dtype), torch.randn(routed, hidden).to(weights)
+    if draw(st.booleans()):  # ties
+        x, router = x.sign(), router.round()
+    if draw(st.booleans()):
+        router[draw(st.integers(0, routed - 1))] = torch.nan
+    with level(at):
+        scores, chosen = native.route(x, router, active)
+    want = (x.double() @ router.double().T).float()
+    assert torch.allclose(scores, want, rtol=1e-6, atol=1e-30, equal_nan=True)
+    assert torch.equal(chosen, scores.sort(dim=1, descending=True, stable=True).indices[:, :active])
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+def test_a_token_among_many_is_bit_for_bit_the_same(dtype: torch.dtype) -> None:
+    """As long as its experts have more than 8 tokens each, or at most 8: a row is summed in one of two orders."""
+    parts, shared = pack(2, 24, 64, True, False, "silu", dtype), pack(1, 48, 64, True, False, "silu", dtype)
+    x, chosen = torch.randn(1500, 64).to(dtype), torch.arange(2).expand(1500, 2)
+    whole = native.decode(x, chosen, None, parts, shared)
+    for begin, end in ((0, 9), (700, 777), (1000, 1100)):
+        assert torch.equal(native.decode(x[begin:end], chosen[begin:end], None, parts, shared), whole[begin:end])
+    few = native.decode(x[:8], chosen[:8], None, parts, shared)
+    assert torch.equal(native.decode(x[2:3], chosen[2:3], None, parts, shared), few[2:3])
+
+
+def test_the_weights_are_not_copied() -> None:
+    parts = pack(8, 128, 512, True, False, "silu", torch.float32)  # 6 MiB
+    x, chosen = torch.randn(32, 512), torch.rand(32, 8).topk(2, 1).indices
+    with torch.profiler.profile(profile_memory=True) as seen:
+        native.decode(x, chosen, None, parts, None)
+    assert sum(max(0, event.self_cpu_memory_usage) for event in seen.events()) < 2**18
+
+
+@pytest.mark.parametrize("tokens", [3, 100])
+def test_two_threads_give_the_same_numbers(tokens: int) -> None:
+    parts, x = pack(8, 96, 576, True, False, "silu", torch.float32), torch.randn(tokens, 576)
+    chosen = torch.rand(tokens, 8).topk(4, 1).indices
     one = native.decode(x, chosen, None, parts, None)
     torch.set_num_threads(2)
     try:
@@ -74,28 +169,47 @@ def test_an_expert_that_does_not_exist_or_comes_twice_is_refused() -> None:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of each call of the operator."""
-    seen: list[int] = []
-    real = native.decode
-
-    def counted(x: Tensor, *rest: object) -> Tensor:
-        seen.append(len(x))
-        return real(x, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(native, "decode", counted)
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was called of the operator."""
+    seen: list[str] = []
+    for name in ("decode", "forward"):
+        real = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *a, _real=real, _name=name: (seen.append(_name), _real(*a))[1])
     return seen
 
 
-@pytest.mark.parametrize("tokens", [1, 4, 5])
+@pytest.mark.parametrize("gate", ["hard", "paper", "soft"])
 @pytest.mark.parametrize("layout", ["S1A2E5", "S0A2E4", "S4A0E4"])
-def test_a_sparse_ffn_decodes_with_it_and_prefills_without(calls: list[int], layout: str, tokens: int) -> None:
-    ffn, x = lone_ffn(layout=layout, biased=True), torch.randn(5, 12)
-    with torch.no_grad():
-        want = ffn(x)[:tokens]
-        assert not calls
-        assert torch.allclose(ffn(x[:tokens]), want, rtol=1e-5, atol=1e-6)
-    assert calls == ([tokens] if tokens <= 4 else [])
+def test_a_sparse_ffn_runs_by_it(calls: list[str], layout: str, gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ffn, x = lone_ffn(layout=layout, biased=True, gate=gate), torch.randn(40, 12)
+    got = [ffn(x[:tokens]) for tokens in (1, 4, 9, 40)]
+    assert calls == ["decode" if layout == "S4A0E4" else "forward"] * 4
+    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "most_tokens", lambda: 0)
+    for y in got:
+        want = ffn(x[: len(y)])
+        assert (y - want).norm() < 1e-5 * want.norm()
+    assert len(calls) == 4
+
+
+def test_a_hook_on_the_router_is_heard_and_the_rest_is_one_call(calls: list[str]) -> None:
+    ffn, x, heard = lone_ffn(), torch.randn(3, 12), []
+    want = ffn(x)
+    ffn.router.register_forward_hook(lambda module, given, out: heard.append(out))
+    assert torch.equal(ffn(x), want) and len(heard) == 1
+    assert calls == ["forward", "decode"]
+
+
+def test_packed_experts_alone_run_by_it(calls: list[str]) -> None:
+    parts, x = pack(3, 4, 8, True, False, "silu", torch.float32), torch.randn(20, 8)
+    run_experts(x, torch.zeros(20, 1, dtype=torch.int64), None, parts)
+    assert calls == ["decode"]
+
+
+def test_who_counts_operations_sees_them(calls: list[str]) -> None:
+    with FlopCounterMode(display=False) as counter:
+        lone_ffn()(torch.randn(3, 12))
+    assert counter.get_total_flops() and not calls
 
 
 def _adapter(ffn: SparseFFN) -> None:
@@ -119,18 +233,19 @@ TOUCHED = {
 
 
 @pytest.mark.parametrize("what", TOUCHED)
-def test_it_steps_aside(calls: list[int], what: str) -> None:
+def test_it_steps_aside(calls: list[str], what: str) -> None:
     ffn = lone_ffn()
     TOUCHED[what](ffn)
-    with torch.no_grad():
-        ffn(torch.randn(2, 12, dtype=torch.float64 if what == "another dtype" else torch.float32))
-    assert not calls
+    for tokens in (2, 20):
+        ffn(torch.randn(tokens, 12, dtype=torch.float64 if what == "another dtype" else torch.float32))
+    assert "forward" not in calls  # with all the parts; experts that nobody touched run by `decode` alone
 
 
-def test_it_steps_aside_for_gradients_and_autocast(calls: list[int]) -> None:
+def test_it_steps_aside_for_gradients_and_autocast(calls: list[str]) -> None:
     ffn, x = lone_ffn(), torch.randn(2, 12)
-    ffn(x).sum().backward()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.enable_grad():
+        ffn(x).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
         ffn(x)
     assert not calls and ffn.shared.up_proj.weight.grad is not None
 
@@ -149,7 +264,7 @@ def test_without_a_compiler_one_warning(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_build_that_fails_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
     broken = tmp_path / "broken.cpp"
     broken.write_text("this is not C++")
-    monkeypatch.setattr(native, "SOURCE", broken)
+    monkeypatch.setattr(native, "SOURCES", (broken,))
     monkeypatch.setenv("FACTORMIX_CACHE", str(tmp_path))
     with pytest.warns(UserWarning, match="was not built"):
         assert native.library.__wrapped__() is None

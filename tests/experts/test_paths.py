@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from factormix.experts import PackedExperts, dispatch, run_experts
+from factormix.experts import PackedExperts, dispatch, native, run_experts
 from factormix.experts.grouped import grouped
 from factormix.experts.packed import activation
 from factormix.experts.reference import reference
@@ -184,15 +184,29 @@ def test_flops_of_grouped_are_those_of_the_chosen_pairs(case: tuple) -> None:
 @pytest.mark.parametrize("count, used", [(1, "tokenwise"), (4, "tokenwise"), (5, "grouped")])
 def test_dispatch_by_tokens(count: int, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
+    monkeypatch.setattr(dispatch.native, "library", lambda: None)
     for name in ("tokenwise", "grouped"):
         own = PATHS[name]
         monkeypatch.setattr(dispatch, name, lambda *a, _own=own, _name=name: (calls.append(_name), _own(*a))[1])
+    monkeypatch.setattr(native, "most_tokens", lambda: 0)
     experts = packed(4, 5, 6, gated=True, biased=False)
     with torch.no_grad():
         run_experts(*tokens(count, 6, 4, 2, False), experts)
     with torch.enable_grad():
         run_experts(*tokens(count, 6, 4, 2, False), experts)
     assert calls == [used, "grouped"]
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
+def test_dispatch_decodes_by_the_cpp_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    own = native.decode
+    monkeypatch.setattr(native, "decode", lambda *a: (calls.append(len(a[0])), own(*a))[1])
+    experts = packed(4, 5, 6, gated=True, biased=False)
+    for count in (1, 4, 5):
+        with torch.no_grad():
+            run_experts(*tokens(count, 6, 4, 2, False), experts)
+    assert calls == [1, 4, 5]
 
 
 @pytest.mark.parametrize("count", [1, 3, 9])

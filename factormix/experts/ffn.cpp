@@ -1,0 +1,387 @@
+// A sparse FFN on a CPU in one call: router, shared neurons and the chosen experts.
+//
+//     y_t = F_shared(x_t) + sum over the K chosen i of s_ti * E_i(x_t)
+//
+// Tokens are grouped by expert and nothing is copied but the tokens. Up to 4 tokens cost the bytes they read: each chosen
+// row is read once, where it lies. More tokens stand side by side in vectors, and tiles of rows are multiplied with them
+// in registers, so a row is read once for up to 64 tokens, and the neurons come out laid out as the down projection wants
+// them. Sums are float32 for every weight dtype. Two steps, neurons then outputs, in one parallel region; a token's sums
+// are made in one order, whatever stands beside it. Plain C++ without torch's headers: for any version of torch. No ISA
+// flags: kernels.h is compiled for several instruction sets, and the processor picks at run time.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define SETS 1  // several instruction sets in one file
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#define INLINE inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+constexpr int kLean = 8;      // tokens for which a row is multiplied as it lies, at most
+constexpr int kScored = 4;    // tokens that are scored together
+constexpr int64_t kAhead = 2048;  // bytes
+constexpr int kLanes = 16;    // float32 to a vector
+constexpr int kPanel = 64;    // tokens that share one read of a row, at most
+constexpr int kChunk = 1024;  // tokens that are grouped at a time: bounds the scratch memory
+constexpr int64_t kSerial = 1 << 16;       // weights too few for a second thread to pay
+constexpr int64_t kPanelBytes = 1 << 19;   // of the tokens in a panel: they stay in the second-level cache
+typedef float Lanes __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef int8_t Bytes __attribute__((vector_size(kLanes)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+INLINE float value(const float* p) { return *p; }
+INLINE float value(const int8_t* p) { return *p; }
+INLINE float value(const Bf16* p) {
+  const uint32_t w = static_cast<uint32_t>(p->bits) << 16;
+  float f;
+  std::memcpy(&f, &w, sizeof f);
+  return f;
+}
+INLINE Bf16 bf16_of(float f) {  // to the nearest, ties to even
+  uint32_t w;
+  std::memcpy(&w, &f, sizeof w);
+  return {static_cast<uint16_t>(f == f ? (w + 0x7fffu + ((w >> 16) & 1u)) >> 16 : 0x7fc0u)};
+}
+
+enum Activation : int { kSilu, kGelu, kGeluTanh, kRelu };
+enum Weights : int { kFloat, kBf16, kInt8 };
+enum Gate : int { kGiven, kConstant, kSigmoid };
+
+// One expert, or the shared neurons, and the tokens that want it.
+struct Block {
+  const void *up, *down;            // (rows, H), (H, width)
+  const void* up_bias;              // (rows), float32 or bfloat16 as x, or null
+  const float *scale_up, *scale_down;  // (rows), (H) of int8 weights, or null
+  int64_t width, first, first_h;    // first: of its neurons among those of all blocks; first_h: in Ffn::h
+  int tokens;
+  bool lean;
+  const int* token;
+  const float* weight;
+
+  INLINE float up_scale(int64_t row) const { return scale_up ? scale_up[row] : 1.0f; }
+  INLINE float down_scale(int64_t row) const { return scale_down ? scale_down[row] : 1.0f; }
+  INLINE float bias(int64_t row, bool bf16) const {
+    if (!up_bias) return 0.0f;
+    return bf16 ? value(static_cast<const Bf16*>(up_bias) + row) : value(static_cast<const float*>(up_bias) + row);
+  }
+};
+
+struct Ffn {
+  const void* input;  // (T, H)
+  float* y;           // (T, H)
+  const void* router;
+  int64_t tokens, hidden, routed;
+  int kind, weights;
+  bool gated, bf16, router_bf16;
+  bool few, pairs;  // all blocks lean and added up in registers; bfloat16 multiplied as such
+  int panel;  // tokens, a multiple of 16
+  std::vector<Block> blocks;
+  float* h;  // the neurons: (tokens, width) of a lean block, (width, 16) of a group of tokens
+};
+
+struct Task {  // neurons begin to end of a block for some of its tokens
+  int block, token, tokens;
+  int64_t begin, end;
+};
+
+struct Scratch {  // of one thread
+  float *panel, *rows;
+};
+
+namespace baseline {
+#define ROWS 6
+#define GROUPS 1
+#define PAIRS 0
+#include "kernels.h"
+#undef ROWS
+#undef GROUPS
+}  // namespace baseline
+
+#ifdef SETS
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#define ROWS 6
+#define GROUPS 1
+#include "kernels.h"
+#undef ROWS
+#undef GROUPS
+}  // namespace avx2
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")
+namespace avx512 {
+#define ROWS 12
+#define GROUPS 2
+#include "kernels.h"
+}  // namespace avx512
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+namespace avx512_bf16 {
+#undef PAIRS
+#define PAIRS 1
+#include "kernels.h"
+}  // namespace avx512_bf16
+#pragma GCC pop_options
+#endif
+
+struct Level {
+  void (*score)(const Ffn&, int64_t, int64_t, float*);
+  void (*step)(const Ffn&, const Task*, int64_t, int64_t, Scratch&);
+};
+
+#define LEVEL(name) {name::score, name::step}
+const Level kLevels[] = {
+    LEVEL(baseline),
+#ifdef SETS
+    LEVEL(avx2), LEVEL(avx512), LEVEL(avx512_bf16),
+#endif
+};
+
+int best() {
+#ifdef SETS
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return 1;
+  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+#else
+  return 0;
+#endif
+}
+
+int level = best();
+int lean_tokens = kLean;
+
+// Memory that a thread keeps from call to call, unless it is much.
+struct Kept {
+  std::vector<float> room;
+  float* take(int64_t floats) {
+    if (static_cast<int64_t>(room.size()) < floats + kLanes) room = std::vector<float>(floats + kLanes);
+    const auto at = reinterpret_cast<uintptr_t>(room.data());
+    return reinterpret_cast<float*>((at + 63) / 64 * 64);
+  }
+  void leave() {
+    if (room.size() > (1 << 22)) room = {};  // 16 MiB
+  }
+};
+thread_local Kept kept_mine, kept_all;
+
+template <typename F>
+void parallel(int threads, const F& work) {  // work(me, all)
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    int me = 0, all = 1;
+#ifdef _OPENMP
+    me = omp_get_thread_num(), all = omp_get_num_threads();
+#endif
+    work(me, all);
+  }
+}
+
+void wait_for_all() {
+#pragma omp barrier
+}
+
+void run(Ffn& f, int64_t neurons, int threads) {
+  f.pairs = level == 3 && f.bf16 && f.weights != kFloat;
+  for (Block& b : f.blocks) b.lean = b.tokens <= lean_tokens;
+  f.few = f.tokens <= lean_tokens;
+  for (const Block& b : f.blocks)  // tiles of pairs need whole pairs
+    f.pairs = f.pairs && (b.lean || (b.width % 2 == 0 && f.hidden % 2 == 0));
+  const int64_t each = f.pairs ? 2 : 4;
+  f.panel = kPanel;
+  while (f.panel > kLanes && f.panel * f.hidden * each > kPanelBytes) f.panel -= kLanes;
+  int64_t size = 0, work = 0, widest = f.hidden;
+  for (Block& b : f.blocks) {
+    const int64_t places = b.lean ? b.tokens : (b.tokens + kLanes - 1) / kLanes * kLanes;
+    b.first_h = size;
+    size += (places * b.width * each / 4 + kLanes) / kLanes * kLanes;
+    work += (b.tokens + f.panel - 1) / f.panel * b.width;
+    widest = std::max(widest, b.width);
+  }
+  f.h = kept_all.take(size);
+  if (neurons * f.hidden * f.tokens < kSerial) threads = 1;
+  const int64_t pieces = f.few ? threads : 8 * threads;
+  const int64_t piece = threads == 1 ? work : std::max<int64_t>(48, (work / pieces + 23) / 24 * 24);
+  std::vector<Task> tasks;
+  for (int i = 0; i < static_cast<int>(f.blocks.size()); ++i)
+    for (int at = 0; at < f.blocks[i].tokens; at += f.panel)
+      for (int64_t j = 0; j < f.blocks[i].width; j += piece)
+        tasks.push_back({i, at, std::min(f.panel, f.blocks[i].tokens - at), j, std::min(f.blocks[i].width, j + piece)});
+  const int64_t columns = threads == 1 ? f.hidden : std::max<int64_t>(48, (f.hidden / (4 * threads) + 47) / 48 * 48);
+  const Level& at = kLevels[level];
+  std::atomic<size_t> up{0};
+  std::atomic<int64_t> down{0};
+  parallel(threads, [&](int, int) {
+    Scratch s;
+    s.panel = kept_mine.take(f.panel * f.hidden + 12 * widest);
+    s.rows = s.panel + f.panel * f.hidden;
+    for (size_t i; (i = up++) < tasks.size();) at.step(f, &tasks[i], 0, 0, s);
+    wait_for_all();
+    for (int64_t i; (i = down.fetch_add(columns)) < f.hidden;) at.step(f, nullptr, i, std::min(f.hidden, i + columns), s);
+    kept_mine.leave();
+  });
+}
+
+// The K greatest of R scores, best first; of equal ones the first. NaN counts as the greatest, as torch.sort has it.
+void choose(const float* z, int64_t routed, int64_t active, int64_t* chosen) {
+  auto better = [&](int64_t a, int64_t b) {
+    if (z[a] != z[a] || z[b] != z[b]) return z[a] != z[a] && (z[b] == z[b] || a < b);
+    return z[a] > z[b] || (z[a] == z[b] && a < b);
+  };
+  int64_t kept = 0;
+  for (int64_t i = 0; i < routed; ++i) {
+    int64_t at = std::min(kept, active - 1);
+    if (kept == active && !better(i, chosen[at])) continue;
+    if (kept < active) at = kept++;
+    for (; at > 0 && better(i, chosen[at - 1]); --at) chosen[at] = chosen[at - 1];
+    chosen[at] = i;
+  }
+}
+
+}  // namespace
+
+// The arguments of one call, as native.py lays them out. Pointers may be null where a part is absent.
+struct Call {
+  const void* x;         // (T, H)
+  void* y;               // (T, H)
+  const void* router;    // (R, H), or null: `chosen` is given
+  float* scores;         // (T, R), written, or null
+  int64_t* chosen;       // (T, K), read or written
+  const float* weights;  // (T, K) of gate kGiven, or null for 1
+  const void *up, *down, *up_bias;                       // (R, rows, H), (R, H, W), (R, rows)
+  const void *shared_up, *shared_down, *shared_up_bias;  // the same for one expert
+  const float *up_scale, *down_scale, *shared_up_scale, *shared_down_scale;  // of int8 weights: (R, rows), (R, H)
+  int64_t tokens, hidden, routed, active, width, shared_width, bf16, router_bf16, kind, store, gated, gate, threads;
+  double factor;  // of gate kConstant
+};
+
+namespace {
+
+Ffn ffn(const Call& c) {
+  Ffn f{};
+  f.hidden = c.hidden, f.routed = c.routed, f.kind = static_cast<int>(c.kind), f.weights = static_cast<int>(c.store);
+  f.gated = c.gated, f.bf16 = c.bf16, f.router = c.router, f.router_bf16 = c.router_bf16;
+  return f;
+}
+
+// Scores and choices of tokens begin to end.
+void route(const Call& c, int64_t begin, int64_t end, float* scores, int threads) {
+  Ffn f = ffn(c);
+  f.input = c.x;
+  parallel((end - begin) * c.routed * c.hidden < kSerial * 4 ? 1 : threads, [&](int64_t me, int64_t all) {
+    const int64_t n = end - begin, first = begin + n * me / all, last = begin + n * (me + 1) / all;
+    float* z = scores + (first - begin) * c.routed;
+    kLevels[level].score(f, first, last, z);
+    for (int64_t t = first; t < last; ++t, z += c.routed) choose(z, c.routed, c.active, c.chosen + t * c.active);
+  });
+}
+
+// Tokens begin to end, from the choice on. False for an expert that does not exist or that a token has twice.
+bool mix(const Call& c, int64_t begin, int64_t end, const float* scores, int threads) {
+  const int64_t size = c.bf16 ? 2 : 4, store = c.store == kFloat ? 4 : c.store == kBf16 ? 2 : 1;
+  const int64_t rows = (c.gated ? 2 : 1) * c.width, n = end - begin, pairs = n * c.active;
+  Ffn f = ffn(c);
+  f.tokens = n;
+  f.input = static_cast<const char*>(c.x) + begin * c.hidden * size;
+  std::vector<float> wide;
+  if (c.bf16) wide.resize(n * c.hidden);
+  f.y = c.bf16 ? wide.data() : static_cast<float*>(c.y) + begin * c.hidden;
+
+  // tokens by expert: a counting sort, the shared neurons in front
+  const int64_t* chosen = c.chosen + begin * c.active;
+  std::vector<int> start(c.routed + 1, 0), last(c.routed, -1), token(pairs + n);
+  std::vector<float> weight(pairs + n, 1.0f);
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t k = 0; k < c.active; ++k) {
+      const int64_t e = chosen[t * c.active + k];
+      if (e < 0 || e >= c.routed || last[e] == t) return false;
+      last[e] = static_cast<int>(t), ++start[e + 1];
+    }
+  for (int64_t e = 0; e < c.routed; ++e) start[e + 1] += start[e];
+  std::vector<int> next(start);
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t k = 0; k < c.active; ++k) {
+      const int64_t e = chosen[t * c.active + k], at = next[e]++;
+      token[at] = static_cast<int>(t);
+      if (c.gate == kConstant) weight[at] = static_cast<float>(c.factor);
+      else if (c.gate == kSigmoid) weight[at] = 1.0f / (1.0f + std::exp(-scores[t * c.routed + e]));
+      else if (c.weights) weight[at] = c.weights[(begin + t) * c.active + k];
+    }
+  int64_t neurons = 0;
+  auto add = [&](const void* up, const void* down, const void* bias, const float* su, const float* sd, int64_t e,
+                 int64_t r, int64_t width, int count, const int* tokens, const float* weights) {
+    auto part = [](const void* p, int64_t bytes) { return p ? static_cast<const char*>(p) + bytes : nullptr; };
+    f.blocks.push_back({part(up, e * r * c.hidden * store), part(down, e * c.hidden * width * store),
+                        part(bias, e * r * size), su ? su + e * r : nullptr, sd ? sd + e * c.hidden : nullptr, width,
+                        neurons, 0, count, false, tokens, weights});
+    neurons += width;
+  };
+  if (c.shared_up) {
+    for (int64_t t = 0; t < n; ++t) token[pairs + t] = static_cast<int>(t);
+    add(c.shared_up, c.shared_down, c.shared_up_bias, c.shared_up_scale, c.shared_down_scale, 0, 0, c.shared_width,
+        static_cast<int>(n), &token[pairs], &weight[pairs]);
+  }
+  for (int64_t e = 0; e < c.routed; ++e)
+    if (start[e + 1] > start[e])
+      add(c.up, c.down, c.up_bias, c.up_scale, c.down_scale, e, rows, c.width, start[e + 1] - start[e],
+          &token[start[e]], &weight[start[e]]);
+
+  run(f, neurons, threads);
+  kept_all.leave();
+  if (c.bf16) {
+    Bf16* y = static_cast<Bf16*>(c.y) + begin * c.hidden;
+    for (int64_t i = 0; i < n * c.hidden; ++i) y[i] = bf16_of(wide[i]);
+  }
+  return true;
+}
+
+}  // namespace
+
+// 0, or 1 for an expert that does not exist or that a token has twice.
+extern "C" int64_t factormix_ffn(const Call* call) {
+  std::vector<float> own;
+  const int threads = static_cast<int>(call->threads);
+  for (int64_t begin = 0; begin < call->tokens; begin += kChunk) {
+    const int64_t end = std::min(call->tokens, begin + kChunk);
+    float* scores = call->scores ? call->scores + begin * call->routed : nullptr;
+    if (call->router) {
+      if (!scores) own.resize((end - begin) * call->routed), scores = own.data();
+      route(*call, begin, end, scores, threads);
+    }
+    if ((call->up || call->shared_up) && !mix(*call, begin, end, scores, threads)) return 1;
+  }
+  return 0;
+}
+
+// The instruction set in use, 0 the compiler's baseline, after setting it to `wanted` where that is one that runs here.
+extern "C" int64_t factormix_level(int64_t wanted) {
+  if (wanted >= 0 && wanted <= best()) level = static_cast<int>(wanted);
+  return level;
+}
+extern "C" void factormix_lean(int n) { lean_tokens = n; }
