@@ -24,6 +24,7 @@ from factormix.nn import Layout
 from factormix.run.errors import FactorMixError, choose
 from factormix.run.progress import say
 
+DEFAULT_LAYOUT = "S4A4E16"  # of a --shape
 TEXT_CHARACTERS = 50_000  # of --text, tokenised for prompts
 
 
@@ -39,7 +40,7 @@ def bench(
             "--shape", metavar="|".join(SHAPES), help="instead of MODEL: a dense and a sparse one of random weights"
         ),
     ] = None,
-    layout: Annotated[str | None, typer.Option("--layout", help="of the sparse --shape [S4A4E16]")] = None,
+    layout: Annotated[str | None, typer.Option("--layout", help=f"of the sparse --shape [{DEFAULT_LAYOUT}]")] = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", help="decode batch; repeat for more [1]")] = None,
     prefill: Annotated[list[int] | None, typer.Option("--prefill", help="prompt length; repeat for more [512]")] = None,
     decode: Annotated[bool, typer.Option("--decode/--no-decode", help="time decoding; encoders cannot")] = True,
@@ -75,7 +76,7 @@ def bench(
     ids: Tensor | None = None
     if shape is not None:
         _refuse_beside_shape(shape, (model, against, adapter, gate, mix, text))
-        dense, sparse = random_models(shape, Layout.parse(layout or "S4A4E16"), DTYPES[dtypes[0]], seed)
+        dense, sparse = random_models(shape, Layout.parse(layout or DEFAULT_LAYOUT), DTYPES[dtypes[0]], seed)
         dense, sparse = dense.to(device), sparse.to(device)  # type: ignore[arg-type]
     elif model is None or layout is not None:
         given = "no MODEL" if model is None else f"--layout {layout} beside {model!r}, which has its own"
@@ -98,6 +99,7 @@ def bench(
         threads=threads or (1,), beside=beside or (), new_tokens=new_tokens, repeats=repeats, text=ids, seed=seed,
         quiet=quiet,
     )  # fmt: skip
+    result.settings["model"] = model or f"{shape} {layout or DEFAULT_LAYOUT}"
     options.put_json(json, result.to_dict())
     if out is not None:
         write_speed(out, result.to_dict(), shlex.join(["factormix", *sys.argv[1:]]))

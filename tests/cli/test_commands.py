@@ -157,6 +157,7 @@ def test_bench_of_a_shape_writes_a_folder(run: Run, monkeypatch: pytest.MonkeyPa
     assert [(r["phase"], r["implementation"]) for r in runs] == [
         (phase, name) for phase in ("decode", "generate") for name in ("dense", "factormix", "active-width")
     ]
+    assert read("speed/bench.json")["settings"]["model"] == "tinyllama S1A1E4"
     assert "FactorMix ÷ active-width" in Path("speed/bench.md").read_text()
 
 
