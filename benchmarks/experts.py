@@ -3,9 +3,10 @@
     python benchmarks/experts.py [--hidden 2048 --inner 5632] [--layout S4A4E16 ...] [--dtype float32 ...]
     python benchmarks/experts.py --profile
 
-Random weights of a gated FFN, several copies in turn so that no cache holds them, dense and sparse alternating. A row
-of the table: median microseconds a call (and the middle half of them), dense over sparse, and the roofline: the dense
-FFN's weights over those of the slices that these tokens really choose, up to 64 tokens; above, 1 / the active fraction.
+Random weights of a gated FFN, several copies in turn so that no cache holds them, dense and sparse alternating. A
+row of the table: median microseconds a call (and the middle half of them), dense over sparse, and the roofline: the
+dense FFN's weights over those of the slices that these tokens really choose, up to 64 tokens; above, 1 / the active
+fraction.
 """
 
 from __future__ import annotations

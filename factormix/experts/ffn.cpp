@@ -271,8 +271,8 @@ struct Call {
   const void* x;         // (T, H)
   void* y;               // (T, H)
   const void* router;    // (R, H), or null: `chosen` is given
-  float* scores;         // (T, R), written, or null
-  int64_t* chosen;       // (T, K), read or written
+  float* scores;         // (T, R), written; may be null
+  int64_t* chosen;       // (T, K), read; or written, and may be null
   const float* weights;  // (T, K) of gate kGiven, or null for 1
   const void *up, *down, *up_bias;                       // (R, rows, H), (R, H, W), (R, rows)
   const void *shared_up, *shared_down, *shared_up_bias;  // the same for one expert
@@ -365,16 +365,17 @@ bool mix(const Call& c, int64_t begin, int64_t end, const float* scores, int thr
 
 // 0, or 1 for an expert that does not exist or that a token has twice.
 extern "C" int64_t factormix_ffn(const Call* call) {
-  std::vector<float> own;
-  const int threads = static_cast<int>(call->threads);
-  for (int64_t begin = 0; begin < call->tokens; begin += kChunk) {
-    const int64_t end = std::min(call->tokens, begin + kChunk);
-    float* scores = call->scores ? call->scores + begin * call->routed : nullptr;
-    if (call->router) {
-      if (!scores) own.resize((end - begin) * call->routed), scores = own.data();
-      route(*call, begin, end, scores, threads);
-    }
-    if ((call->up || call->shared_up) && !mix(*call, begin, end, scores, threads)) return 1;
+  Call c = *call;
+  std::vector<float> scores;
+  std::vector<int64_t> chosen;
+  if (c.router && !c.scores) scores.resize(c.tokens * c.routed), c.scores = scores.data();
+  if (c.router && !c.chosen) chosen.resize(c.tokens * c.active), c.chosen = chosen.data();
+  const int threads = static_cast<int>(c.threads);
+  for (int64_t begin = 0; begin < c.tokens; begin += kChunk) {
+    const int64_t end = std::min(c.tokens, begin + kChunk);
+    float* z = c.scores + begin * c.routed;
+    if (c.router) route(c, begin, end, z, threads);
+    if ((c.up || c.shared_up) && !mix(c, begin, end, z, threads)) return 1;
   }
   return 0;
 }

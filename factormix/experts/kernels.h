@@ -509,10 +509,25 @@ INLINE void many_outputs(const Ffn& f, int64_t begin, int64_t end, Scratch& s) {
 // ---- scores of experts
 
 typedef double Doubles __attribute__((vector_size(64)));
+typedef float Eight __attribute__((vector_size(32)));
 
+template <typename X>
+INLINE void widened(const X* from, int64_t n, double* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Lanes v;
+    Eight half[2];
+    load(from + i, v);
+    std::memcpy(half, &v, sizeof v);
+    UNROLL for (int q = 0; q < 2; ++q) {
+      const Doubles d = __builtin_convertvector(half[q], Doubles);
+      std::memcpy(to + i + 8 * q, &d, sizeof d);
+    }
+  }
+  for (; i < n; ++i) to[i] = value(from + i);
+}
 NOINLINE void widened(const void* from, bool bf16, int64_t n, double* to) {
-  for (int64_t i = 0; i < n; ++i)
-    to[i] = bf16 ? value(static_cast<const Bf16*>(from) + i) : value(static_cast<const float*>(from) + i);
+  bf16 ? widened(static_cast<const Bf16*>(from), n, to) : widened(static_cast<const float*>(from), n, to);
 }
 
 // z[t * experts + e] for N tokens, 4 experts at a time; each sum is made in one order, whatever the batch.

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -55,15 +56,15 @@ class _Call(ctypes.Structure):
     ]
 
 
-def serves(x: Tensor, parts: Sequence[PackedExperts]) -> bool:
-    """Whether `decode` and `forward` compute this: on a CPU, without gradient, autocast, tracing or a dispatch mode
+def takes(x: Tensor) -> bool:
+    """Whether the operator may run on x, (T, H): on a CPU, without gradient, autocast, tracing or a dispatch mode
     (which counts or fakes PyTorch's operators); else PyTorch does."""
-    return (
-        _plain(x)
-        and not torch.is_autocast_enabled("cpu")
-        and all(_lies_ready(part, x.dtype) for part in parts)
-        and 0 < x.shape[0] <= most_tokens()
-    )
+    return _plain(x) and not torch.is_autocast_enabled("cpu") and 0 < x.shape[0] <= most_tokens()
+
+
+def serves(x: Tensor, parts: Sequence[PackedExperts]) -> bool:
+    """Whether `decode` and `forward` compute these parts of x."""
+    return takes(x) and all(_lies_ready(part, x.dtype) for part in parts)
 
 
 def routes(x: Tensor, router: Tensor) -> bool:
@@ -81,6 +82,73 @@ def _plain(x: Tensor) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A sparse FFN as the operator wants it; it holds as long as its weights lie where they lay."""
+
+    call: _Call
+    dtype: torch.dtype
+    weights: tuple[tuple[Tensor, int, torch.dtype], ...]  # each with its address
+
+    def stands(self) -> bool:
+        """Whether every weight is still there, of the same type and order."""
+        return all(
+            t.data_ptr() == address and t.dtype is kind and t.is_contiguous() for t, address, kind in self.weights
+        )
+
+
+def plan(
+    experts: PackedExperts | None,
+    shared: PackedExperts | None,
+    router: Tensor | None = None,
+    active: int = 0,
+    gate: int = GIVEN,
+    factor: float = 1.0,
+) -> Plan:
+    """Look up what does not change from call to call, of parts that the operator serves.
+
+    Args:
+        experts: of R experts, or None.
+        shared: of one "expert", the shared neurons, or None. Either has the activation.
+        router: (R, H), float32 or bfloat16, contiguous; or None where the choice is given.
+        active: K, with a router.
+        gate: with a router, CONSTANT: outputs times `factor`; or SIGMOID: times the score's sigmoid.
+        factor: a number.
+    """
+    some = shared or experts
+    assert some is not None and isinstance(some.up, Tensor)
+    call = _Call(kind=ACTIVATIONS[some.activation], gated=some.gated)
+    call.hidden, call.bf16 = some.up.shape[2], DTYPES[some.up.dtype]
+    call.store = call.bf16
+    if shared is not None:
+        call.shared_up, call.shared_down, call.shared_up_bias = _pointers(shared)
+        call.shared_width = shared.down.shape[2]  # type: ignore[union-attr]
+    if experts is not None:
+        call.up, call.down, call.up_bias = _pointers(experts)
+        call.routed, _, call.width = experts.down.shape  # type: ignore[union-attr]
+    if router is not None:
+        call.router, call.router_bf16 = router.data_ptr(), DTYPES[router.dtype]
+        call.active, call.gate, call.factor = active, gate, factor
+    held = [router, *(t for part in (experts, shared) if part is not None for t in (part.up, part.down, part.up_bias))]
+    return Plan(call, some.up.dtype, tuple((t, t.data_ptr(), t.dtype) for t in held if isinstance(t, Tensor)))
+
+
+def forward(found: Plan, x: Tensor) -> Tensor:
+    """Router, shared neurons and chosen experts: all of a sparse FFN but its output bias.
+
+    Args:
+        found: with a router, or without experts.
+        x: (T, H), of the plan's dtype.
+
+    Returns:
+        (T, H) in x's dtype; summed in float32. Scores are summed in float64, each in one order whatever the batch.
+    """
+    call, y, kept = _started(found, x)
+    library().factormix_ffn(ctypes.byref(call))  # type: ignore[union-attr]
+    del kept
+    return y
+
+
 def decode(
     x: Tensor, chosen: Tensor | None, scale: Tensor | None, experts: PackedExperts | None, shared: PackedExperts | None
 ) -> Tensor:
@@ -91,7 +159,7 @@ def decode(
         chosen: (T, K) int64, distinct in a row; None without experts.
         scale: (T, K) or None for 1.
         experts: of R experts, or None.
-        shared: of one "expert", the shared neurons, or None. Either has the activation.
+        shared: of one "expert", the shared neurons, or None.
 
     Returns:
         (T, H) in x's dtype; summed in float32.
@@ -99,44 +167,12 @@ def decode(
     Raises:
         FactorMixError: an expert that does not exist, or twice in a row of `chosen`.
     """
-    call, y, kept = _call(x, experts, shared)
+    call, y, kept = _started(plan(experts, shared), x)
     if experts is not None and chosen is not None:
         chosen, scale = chosen.contiguous(), None if scale is None else scale.float().contiguous()
         call.chosen, call.weights, call.active = chosen.data_ptr(), _pointer(scale), chosen.shape[1]
     if library().factormix_ffn(ctypes.byref(call)):  # type: ignore[union-attr]
         raise FactorMixError(f"experts {chosen.tolist()} of {call.routed}: each must exist, once a token.")  # type: ignore[union-attr]
-    del kept
-    return y
-
-
-def forward(
-    x: Tensor,
-    router: Tensor,
-    active: int,
-    gate: int,
-    factor: float,
-    experts: PackedExperts,
-    shared: PackedExperts | None,
-) -> Tensor:
-    """Router, shared neurons and chosen experts: all of a sparse FFN but its output bias.
-
-    Args:
-        x: (T, H).
-        router: (R, H), float32 or bfloat16, contiguous.
-        active: K.
-        gate: CONSTANT, the outputs times `factor`; or SIGMOID, times the score's sigmoid.
-        factor: a number.
-        experts: of R experts.
-        shared: of one "expert", the shared neurons, or None.
-
-    Returns:
-        (T, H) in x's dtype; summed in float32. Scores are summed in float64, each in one order whatever the batch.
-    """
-    call, y, kept = _call(x, experts, shared)
-    chosen = torch.empty((len(x), active), dtype=torch.int64)  # (T, K)
-    call.router, call.router_bf16, call.chosen = router.data_ptr(), router.dtype == torch.bfloat16, chosen.data_ptr()
-    call.active, call.gate, call.factor = active, gate, factor
-    library().factormix_ffn(ctypes.byref(call))  # type: ignore[union-attr]
     del kept
     return y
 
@@ -155,22 +191,12 @@ def route(x: Tensor, router: Tensor, active: int) -> tuple[Tensor, Tensor]:
     return scores, chosen
 
 
-def _call(x: Tensor, experts: PackedExperts | None, shared: PackedExperts | None) -> tuple[_Call, Tensor, Tensor]:
-    """The arguments but for the choice; the output; and the input, to be kept until the call is over."""
-    some = shared or experts
-    assert some is not None
+def _started(found: Plan, x: Tensor) -> tuple[_Call, Tensor, Tensor]:
+    """The arguments of a call; the output; and the input, to be kept until the call is over."""
     x = x.contiguous()  # (T, H)
     y = torch.empty_like(x)  # (T, H)
-    call = _Call()
-    call.x, call.y, (call.tokens, call.hidden) = x.data_ptr(), y.data_ptr(), x.shape
-    call.bf16 = call.store = DTYPES[x.dtype]
-    call.kind, call.gated, call.threads = ACTIVATIONS[some.activation], some.gated, torch.get_num_threads()
-    if shared is not None:
-        call.shared_up, call.shared_down, call.shared_up_bias = _pointers(shared)
-        call.shared_width = shared.down.shape[2]  # type: ignore[union-attr]
-    if experts is not None:
-        call.up, call.down, call.up_bias = _pointers(experts)
-        call.routed, _, call.width = experts.down.shape  # type: ignore[union-attr]
+    call = _Call.from_buffer_copy(found.call)
+    call.x, call.y, call.tokens, call.threads = x.data_ptr(), y.data_ptr(), x.shape[0], torch.get_num_threads()
     return call, y, x
 
 

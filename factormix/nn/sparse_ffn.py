@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -120,14 +121,56 @@ class RoutedExperts(nn.Module):
 
 def _untouched(part: nn.Module | None) -> bool:
     """True for a part as it was made, whose weights alone say what it computes."""
-    if part is None:
-        return True
-    inner = list(part.children())
-    return (
+    return part is None or (
         type(part) in (SharedNeurons, RoutedExperts, Router)
-        and all(type(module) is nn.Linear for module in inner)
-        and not any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in (part, *inner))
+        and not _heard(part)
+        and all(type(inner) is nn.Linear and not _heard(inner) for inner in part._modules.values())
     )
+
+
+def _heard(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+class _Kept:
+    """A SparseFFN's plan for the C++ operator, with what it was made from: to look that up for each token takes longer
+    than a small FFN."""
+
+    def __init__(self, ffn: SparseFFN) -> None:
+        parts = [part for part in (ffn.shared, ffn.experts, ffn.router) if part is not None]
+        owners = [ffn, *([] if ffn.shared is None else [ffn.shared])]
+        self.modules = [(at._modules, name, module) for at in owners for name, module in at._modules.items() if module]
+        tensors = [at for part in parts for at in (part, *part._modules.values())]
+        self.tensors = [(at._parameters, name, t) for at in tensors for name, t in at._parameters.items()]  # type: ignore[union-attr]
+        self.said = self.says(ffn)
+        experts = None if ffn.experts is None else ffn.experts.packed()
+        shared = None if ffn.shared is None else ffn.shared.packed()
+        if ffn.router is None:
+            self.plan = native.plan(None, shared)
+            return
+        gate = native.SIGMOID if ffn.spec.gate == "soft" else native.CONSTANT
+        factor = ffn.spec.slices / ffn.spec.active if ffn.spec.gate == "paper" else 1.0
+        self.plan = native.plan(experts, shared, ffn.router.weight, ffn.router.active, gate, factor)
+
+    @staticmethod
+    def says(ffn: SparseFFN) -> tuple[object, ...]:
+        """What else a plan depends on."""
+        parts, router = (ffn.shared, ffn.experts), ffn.router
+        return (ffn.spec, router and router.active, *(part and part.activation for part in parts))
+
+    def stands(self, ffn: SparseFFN) -> bool:
+        """Whether nobody has put anything in the place of a part or a weight since, nor a hook on a part."""
+        return (
+            all(at.get(name) is module and not _heard(module) for at, name, module in self.modules)
+            and all(type(module) in _STOCK for _, _, module in self.modules)
+            and all(at.get(name) is tensor for at, name, tensor in self.tensors)
+            and self.plan.stands()
+            and self.said == self.says(ffn)
+        )
+
+
+_STOCK = frozenset((SharedNeurons, RoutedExperts, Router, nn.Linear))
+_KEPT: WeakKeyDictionary[SparseFFN, _Kept] = WeakKeyDictionary()
 
 
 class SparseFFN(nn.Module):
@@ -173,23 +216,28 @@ class SparseFFN(nn.Module):
     def _at_once(self, x: Tensor) -> Tensor | None:
         """All parts at once by the C++ operator or a GPU's kernels; None where neither serves, or where somebody has
         put something of their own (an adapter, a quantised layer, a hook) in the place of a part."""
+        on_cpu = native.takes(x)
+        if on_cpu:
+            kept = _KEPT.get(self)
+            if kept is not None and kept.plan.dtype is x.dtype and kept.stands(self):
+                return native.forward(kept.plan, x)
+            _KEPT.pop(self, None)
         if not (_untouched(self.shared) and _untouched(self.experts)):
             return None
         shared = None if self.shared is None else self.shared.packed()
         experts = None if self.experts is None else self.experts.packed()
         parts = [part for part in (shared, experts) if part is not None]
-        if gpu.serves(x, parts):
+        if not on_cpu:
+            if not gpu.serves(x, parts):
+                return None
             chosen, scale = (None, None) if experts is None else self._routed(x)
             return gpu.decode(x, chosen, scale, experts, shared)
         if not native.serves(x, parts):
             return None
-        if self.router is None or experts is None:
-            return native.decode(x, None, None, None, shared)
-        if not (_untouched(self.router) and native.routes(x, self.router.weight)):
+        if self.router is not None and not (_untouched(self.router) and native.routes(x, self.router.weight)):
             return native.decode(x, *self._routed(x), experts, shared)
-        gate = native.SIGMOID if self.spec.gate == "soft" else native.CONSTANT
-        factor = self.spec.slices / self.spec.active if self.spec.gate == "paper" else 1.0
-        return native.forward(x, self.router.weight, self.spec.active, gate, factor, experts, shared)
+        kept = _KEPT[self] = _Kept(self)
+        return native.forward(kept.plan, x)
 
     def scale(self, scores: Tensor, chosen: Tensor) -> Tensor | None:
         """What each chosen expert's output is multiplied by: (T, R), (T, K) -> (T, K), or None for 1."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from factormix.experts import PackedExperts, native, run_experts
@@ -183,13 +186,57 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_a_sparse_ffn_runs_by_it(calls: list[str], layout: str, gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ffn, x = lone_ffn(layout=layout, biased=True, gate=gate), torch.randn(40, 12)
     got = [ffn(x[:tokens]) for tokens in (1, 4, 9, 40)]
-    assert calls == ["decode" if layout == "S4A0E4" else "forward"] * 4
+    assert calls == ["forward"] * 4
     monkeypatch.setattr(native, "library", lambda: None)
     monkeypatch.setattr(native, "most_tokens", lambda: 0)
     for y in got:
         want = ffn(x[: len(y)])
         assert (y - want).norm() < 1e-5 * want.norm()
     assert len(calls) == 4
+
+
+class Doubled(nn.Linear):
+    """Somebody's adapter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+CHANGED = {
+    "another weight": lambda ffn: setattr(ffn.shared.down_proj, "weight", nn.Parameter(torch.randn(12, 4))),
+    "other data": lambda ffn: setattr(ffn.experts.down_proj, "data", torch.randn(4, 12, 4)),
+    "numbers written in place": lambda ffn: ffn.experts.gate_up_proj.mul_(2),
+    "the same memory in another order": lambda ffn: setattr(
+        ffn.router.weight, "data", ffn.router.weight.data.view(12, 4).T
+    ),
+    "a part exchanged": lambda ffn: setattr(ffn, "experts", lone_ffn(seed=3).experts),
+    "an adapter": lambda ffn: setattr(ffn.shared, "up_proj", Doubled(12, 8, bias=False)),
+    "fewer experts": lambda ffn: setattr(ffn.router, "active", 1),
+    "another activation": lambda ffn: [setattr(part, "activation", "relu") for part in (ffn.shared, ffn.experts)],
+    "another gate": lambda ffn: setattr(ffn, "spec", replace(ffn.spec, gate="soft")),
+    "another dtype": lambda ffn: ffn.double().float(),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_what_changes_between_two_calls_is_seen(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ffn, x = lone_ffn(), torch.randn(3, 12)
+    before = ffn(x)
+    CHANGED[what](ffn)
+    got = ffn(x)
+    monkeypatch.setattr(native, "most_tokens", lambda: 0)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert torch.allclose(got, ffn(x), rtol=1e-5, atol=1e-6)
+    assert torch.equal(got, before) == (what == "another dtype")
+
+
+def test_a_copy_is_its_own() -> None:
+    ffn, x = lone_ffn(), torch.randn(3, 12)
+    before = ffn(x)
+    other = copy.deepcopy(ffn)
+    other.experts.down_proj.zero_()
+    assert torch.equal(ffn(x), before) and not torch.equal(other(x), before)
+    assert torch.equal(pickle.loads(pickle.dumps(ffn))(x), before)
 
 
 def test_a_hook_on_the_router_is_heard_and_the_rest_is_one_call(calls: list[str]) -> None:
