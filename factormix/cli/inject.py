@@ -63,7 +63,7 @@ def inject(
 
     A run that was killed goes on where it stopped when the same command is given again (its work is in DIR.work).
     """
-    from factormix.mix import adapter_files, batches, masked_head, retrieve, stage1  # they import PEFT
+    from factormix.mix import adapter_files, batches, masked_head, own_gate, retrieve, stage1  # they import PEFT
 
     started = time.perf_counter()
     flags = {"model": model, "domain": domain, "out": out and str(out), "knowledge": knowledge, "retain": retain}
@@ -119,13 +119,19 @@ def inject(
                 head, of_head = masked_head.train_head(base, micro.general, config, tokenizer, work=work, quiet=quiet)
         with record.phase("train"):
             adapted, done = stage1.inject(base, run.domain, micro, config, tokenizer, head=head, work=work, quiet=quiet)
+        gates = None
+        if config.gate_tokens:
+            with record.phase("gate"):
+                gates = own_gate.fit_own_gate(adapted, run.domain, micro, config.gate_tokens)
     if head is not None:
         done["metrics"]["head"] = of_head
     if retriever is not None:
         done["metrics"]["passages"] = {"used": len(set(micro.beside)), "of": len(micro.general)}
     record.tokens, record.metrics = done["tokens"], done["metrics"]
     record.peak_memory_bytes = peak_memory_bytes(record.device)
-    adapter_files.save_adapter(adapted, run.domain, run.out, run.model, overwrite, run=record.to_dict(), head=head)
+    adapter_files.save_adapter(
+        adapted, run.domain, run.out, run.model, overwrite, run=record.to_dict(), head=head, gates=gates
+    )
     work.remove()
     result = result_json(record, started, done["params_trained"])
     options.put_json(json, result)

@@ -83,7 +83,7 @@ def _check_form(to: str | None, gate: Path | None, weight: list[float] | None) -
             "Use --to qwen2_moe, or leave the gate out."
         )
     if to is not None and gate is None:
-        raise FactorMixError(f"--to {to} needs --gate DIR, the gate/ of a stage-2 directory.")
+        raise FactorMixError(f"--to {to} needs --gate: the gate/ of a stage-2 directory, or own.")
     if gate is not None and weight:
         raise FactorMixError(f"--weight {weight} beside --gate: the gate decides the weight. Give one.")
 

@@ -197,7 +197,7 @@ def open_adapted(
     folders = by_name("--adapter", adapters)
     model = open_model(source, dtype, device, device_map)
     if adapters:
-        from factormix.mix.gate_files import open_adapters  # imports PEFT, which most commands do without
+        from factormix.mix.gated import open_adapters  # imports PEFT, which most commands do without
 
         open_adapters(model, folders, gate)
     return model.eval()

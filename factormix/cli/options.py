@@ -32,7 +32,11 @@ Adapter = Annotated[
 ]
 Gate = Annotated[
     Path | None,
-    typer.Option("--gate", metavar="DIR", help="the gate/ of a stage-2 directory, over the --adapter given, in order"),
+    typer.Option(
+        "--gate",
+        metavar="DIR|own",
+        help="over the --adapter given, in order: the gate/ of a stage-2 directory; own: that of each adapter",
+    ),
 ]
 Mix = Annotated[
     Path | None,

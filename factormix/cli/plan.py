@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+from transformers import PretrainedConfig
+
+from factormix.checkpoint import FactorMixConfig
 from factormix.cli.inspect import site_table
 from factormix.factor.config import FactorConfig
+from factormix.factor.keep import check_keep
 from factormix.ffn.cost import Inspection
+from factormix.nn import SparseSpec
+from factormix.run.errors import FactorMixError
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TRAINING_BYTES = 16  # a trained parameter: float32 gradient, two Adam moments, and a copy while a checkpoint is written
@@ -31,6 +39,25 @@ def describe_layout(found: Inspection, config: FactorConfig) -> list[str]:
         f"  active fraction ({cut.shared} + {cut.active}) / {cut.slices} = {cut.active_fraction:.4g}; at most "
         f"{limit.decode:.2f} x faster decoding, {limit.prefill:.2f} x faster prefill"
     )
+    return lines
+
+
+def describe_keep(model: PretrainedConfig, config: FactorConfig) -> list[str]:
+    """What stays of a factored model's FFNs where experts are kept for a task; `model` is its config.
+
+    Raises:
+        FactorMixError: it is dense, or the layout cannot be kept of it.
+    """
+    if not isinstance(model, FactorMixConfig):
+        raise FactorMixError(f"keep_experts_for needs a factored model, this {model.model_type} is dense: factor it.")
+    specs = {int(index): SparseSpec(**spec) for index, spec in model.factormix["sites"].items()}
+    check_keep(config, specs)
+    cut, lines = config.cut, []
+    for old, count in Counter(spec.layout for spec in specs.values()).items():
+        lines.append(
+            f"{count} FFNs, {old} -> {cut}: the {old.shared} shared slices and the {cut.shared - old.shared} of "
+            f"{old.routed} experts that serve the text best, for all tokens: {cut.active_fraction:.4g} of the neurons"
+        )
     return lines
 
 

@@ -87,6 +87,12 @@ class Recipe(_Recipe):
     out: str | None = option(None, help="the directory to write")
     text: list[str] = option([], help="calibration text")
     task: str | None = option(None, help="a task's examples, with their answers, as calibration and healing text")
+    keep_experts_for: str | None = option(
+        None, help="a task's text: `model` is factored, and becomes static with the experts that serve it"
+    )
+    against: str | None = option(
+        None, help="with keep_experts_for: the dense model that `model` was made from, the teacher"
+    )
     heal_text: list[str] = option([], help="text for healing; the calibration text by default")
     preset: str = option("default", help="what the options left open are", choices=tuple(PRESETS))
     config: FactorConfig = option(FactorConfig, help="the other keys of a recipe, at its top level")

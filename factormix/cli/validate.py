@@ -11,7 +11,7 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from factormix.cli import options
 from factormix.cli.inspect import dense_config
 from factormix.cli.models import by_name, empty, locate, read_config
-from factormix.cli.plan import describe_layout
+from factormix.cli.plan import describe_keep, describe_layout
 from factormix.cli.recipe import AdaptRecipe, InjectRecipe, Recipe, open_any
 from factormix.factor.advice import export_advice
 from factormix.ffn.cost import inspect_model
@@ -47,6 +47,8 @@ def _meaning(recipe: Recipe | InjectRecipe | AdaptRecipe, name: str, quiet: bool
     """What a recipe comes to on a model; nothing of the model but its config is read."""
     source = locate(name, quiet)
     if isinstance(recipe, Recipe):
+        if recipe.keep_experts_for:
+            return describe_keep(read_config(source), recipe.config)
         found = inspect_model(dense_config(read_config(source)))
         advice = export_advice(recipe.config.cut, (group.inner for group in found.groups))
         if advice:
@@ -57,7 +59,7 @@ def _meaning(recipe: Recipe | InjectRecipe | AdaptRecipe, name: str, quiet: bool
 
         return [str(plan(empty(read_config(source)), recipe.config))]
     from factormix.mix.adapter_files import check_shapes, read_adapter_config  # imports PEFT
-    from factormix.mix.sizes import sites_of
+    from factormix.nn import sites_of
 
     sites, lines = sites_of(empty(read_config(source))), []
     for domain, folder in by_name("domains", recipe.domains).items():

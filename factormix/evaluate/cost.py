@@ -30,6 +30,8 @@ class Part(NamedTuple):
     """parameters used for one token"""
     routed: int
     """parameters among which a token's experts are chosen; 0 for a dense group"""
+    module: nn.Module | None = None
+    """the module that knows its active parameters; None for the rest of the model"""
 
 
 def parameters_per_token(model: nn.Module) -> int:
@@ -41,17 +43,20 @@ def parameters_per_token(model: nn.Module) -> int:
     return sum(part.active for part in _parts(model))
 
 
-def bytes_per_token(model: nn.Module, tokens: int = 1) -> float:
+def bytes_per_token(model: nn.Module, tokens: int = 1, hit: Mapping[nn.Module, float] | None = None) -> float:
     """Bytes of weights read by one forward of one step for `tokens` sequences (decoding: the batch size).
 
-    The more tokens, the fewer experts stay idle. The idle share of an FFN for several tokens is the expectation for
-    tokens that choose independently and evenly: (idle share for one token) ** tokens. Key-value cache and activations
-    are left out; both models read the same of them.
+    The more tokens, the fewer experts stay idle. `hit` says the share of its experts, 0 to 1, that a step reads in each
+    sparse module, as counted (`factormix.evaluate.roofline`). Where it does not, the idle share of an FFN for several
+    tokens is the expectation for tokens that choose independently and evenly: (idle share for one token) ** tokens.
+    Key-value cache and activations are left out.
     """
     total = 0.0
     for part in _parts(model):
         idle = part.parameters - part.active
         expected = part.routed * (idle / part.routed) ** tokens if part.routed else 0.0
+        if hit is not None and part.module is not None and part.module in hit:
+            expected = part.routed * (1 - hit[part.module])
         total += part.bytes * (1 - expected / part.parameters)
     return total
 
@@ -101,23 +106,24 @@ def _parts(model: nn.Module, skip: nn.Module | None = None) -> list[Part]:
         active = int(module.active_parameters())  # type: ignore[operator]
         experts = getattr(module, "experts", None)
         routed = sum(p.numel() for p in experts.parameters()) if isinstance(experts, nn.Module) else parameters - active
-        parts.append(_part(own, active, routed))
+        parts.append(_part(own, active, routed, module))
     rest: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if isinstance(module, nn.Embedding) or module is skip:
             continue
         rest.update((id(p), p) for p in module.parameters(recurse=False) if id(p) not in seen)
     own = list(rest.values())
-    return [*parts, _part(own, sum(p.numel() for p in own), 0)]
+    return [*parts, _part(own, sum(p.numel() for p in own), 0)] if own else parts
 
 
-def _part(own: list[nn.Parameter], active: int, routed: int) -> Part:
+def _part(own: list[nn.Parameter], active: int, routed: int, module: nn.Module | None = None) -> Part:
     return Part(
         parameters=sum(p.numel() for p in own),
         matrix=sum(p.numel() for p in own if p.dim() > 1),
         bytes=sum(p.numel() * p.element_size() for p in own),
         active=active,
         routed=routed,
+        module=module,
     )
 
 

@@ -14,6 +14,8 @@ Row = Mapping[str, Any]
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 METHOD_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 GREY = "#888888"
+PHASES = {"decode": BLUE, "generate": GREEN, "prefill": ORANGE}
+COMPANION_MARKS = {"active-width": "D", "transformers-grouped_mm": "s", "transformers-eager": "v"}
 STYLE = {
     "figure.dpi": 100,
     "savefig.dpi": 160,
@@ -158,22 +160,42 @@ def draw_sweep(path: Path, varied: Sequence[str], rows: Sequence[Row]) -> bool:
     return True
 
 
+def draw_bench(path: Path, bench: Row) -> bool:
+    """`draw_speed` into a .png file. False, and nothing drawn, where matplotlib or ratios are missing."""
+    if not any(run.get("ratio") is not None and run["implementation"] == "factormix" for run in bench["runs"]):
+        return False
+    try:
+        matplotlib = _matplotlib()
+    except FactorMixError:
+        return False
+    with matplotlib.rc_context(STYLE):
+        draw_speed(bench).savefig(path, bbox_inches="tight", facecolor="white")
+    return True
+
+
 def draw_speed(bench: Row) -> Any:
-    """Horizontal bars: speed over the dense model's; a black mark at the limit of each setting."""
-    runs = [run for run in bench["runs"] if run["implementation"] != "dense" and run.get("ratio") is not None]
+    """Horizontal bars: speed over the dense model's; a black line at the limit of each setting, marks for what else was
+    timed beside."""
+    timed = [run for run in bench["runs"] if run.get("ratio") is not None]
+    runs = [run for run in timed if run["implementation"] == "factormix"]
     labels = [_setting(run) for run in runs]
-    top = max(max(run["ratio"], run.get("limit") or 0.0) for run in runs)
+    top = max(max(run["ratio"], run.get("limit") or 0.0) for run in timed if run["implementation"] != "dense")
     figure, axes = _figure(7.2, 1.7 + 0.55 * len(runs))
-    colours = [BLUE if run["phase"] == "decode" else ORANGE for run in runs]
-    axes.barh(range(len(runs)), [run["ratio"] for run in runs], 0.58, color=colours)
+    axes.barh(range(len(runs)), [run["ratio"] for run in runs], 0.58, color=[PHASES[run["phase"]] for run in runs])
     for at, run in enumerate(runs):
-        colour = "white" if run["phase"] == "decode" else "#222222"
+        colour = "#222222" if run["phase"] == "prefill" else "white"
         axes.annotate(f"× {run['ratio']:.2f}", (0, at), (7, 0), textcoords="offset points", va="center",
                       color=colour, fontsize=10, fontweight="bold")  # fmt: skip
         if run.get("limit") is not None:
             axes.plot([run["limit"]] * 2, [at - 0.36, at + 0.36], color="#111111", linewidth=2.4, solid_capstyle="butt")
             axes.annotate(f"limit {run['limit']:.2f}", (run["limit"], at), (6, 0), textcoords="offset points",
                           va="center", fontsize=9, color="#333333")  # fmt: skip
+    for name, marker in COMPANION_MARKS.items():
+        beside = {labels.index(_setting(run)): run["ratio"] for run in timed if run["implementation"] == name}
+        if beside:
+            axes.plot(list(beside.values()), list(beside), marker, color="#111111", markerfacecolor="white", label=name)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.9 / (1.7 + 0.55 * len(runs))), ncols=3, fontsize=9)
     axes.axvline(1.0, color=GREY, linewidth=1.2, linestyle="--")
     axes.annotate("dense", (1.0, 1.0), (0, 3), xycoords=axes.get_xaxis_transform(), textcoords="offset points",
                   ha="center", color="#555555", fontsize=9.5)  # fmt: skip
@@ -234,7 +256,7 @@ def draw_load(sites: Sequence[Row]) -> Any:
 
 
 def _setting(run: Row) -> str:
-    size = f"batch {run['size']}" if run["phase"] == "decode" else f"{run['size']} tokens"
+    size = f"{run['size']} tokens" if run["phase"] == "prefill" else f"batch {run['size']}"
     threads = "1 thread" if run["threads"] == 1 else f"{run['threads']} threads"
     return f"{run['phase']}, {size}\n{run['dtype']}, {threads}"
 

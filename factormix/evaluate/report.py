@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from factormix.evaluate import plots
+from factormix.evaluate.markdown import number, size, table
+from factormix.evaluate.speed_table import EXPLAINED, speed_table
 from factormix.run.directory import write_json
 
 SCHEMA_VERSION = 1
@@ -82,7 +84,7 @@ def _what(run: Row) -> str:
         "Layout": config.get("layout"),
         "Tokens seen": _count(run.get("tokens")),
         "Time": _duration(sum(phase["seconds"] for phase in run.get("phases") or []) or run.get("seconds")),
-        "Peak memory": _bytes(run.get("peak_memory_bytes") or run.get("peak_bytes")),
+        "Peak memory": size(run.get("peak_memory_bytes") or run.get("peak_bytes")),
         "Machine": run.get("machine"),
         "Threads, dtype, seed": _joined(run.get(key) for key in ("threads", "dtype", "seed")),
     }
@@ -90,7 +92,7 @@ def _what(run: Row) -> str:
     lines += [f"- {name}: {value}" for name, value in facts.items() if value not in (None, "")]
     if run.get("phases"):
         rows = [[phase["name"], _duration(phase["seconds"])] for phase in run["phases"]]
-        lines += ["", *_table(["phase", "time"], rows)]
+        lines += ["", *table(["phase", "time"], rows)]
     return "\n".join(lines)
 
 
@@ -104,7 +106,7 @@ def _quality(methods: Mapping[str, Row], drawn: Mapping[str, str]) -> str:
     for stem, entry in first["perplexity"].items():
         place = " (in-domain)" if stem in inside else " (foreign)" if inside and stem in foreign else ""
         cells = [_ratio_cell(of.get("perplexity", {}).get(stem, {})) for of in methods.values()]
-        rows.append([stem + place, _count(entry["tokens"]), _number(entry["base"]), *cells])
+        rows.append([stem + place, _count(entry["tokens"]), number(entry["base"]), *cells])
     means = {"all": "geometric mean", "in_domain": "geometric mean, in-domain", "foreign": "geometric mean, foreign"}
     for key, label in means.items():
         values = [(of.get("mean_ratio") or {}).get(key) for of in methods.values()]
@@ -116,7 +118,7 @@ def _quality(methods: Mapping[str, Row], drawn: Mapping[str, str]) -> str:
         "Perplexity of each method and, in brackets, its ratio to the dense model ± standard error (bootstrap over "
         "windows). 1 is no loss, lower is better.",
         "",
-        *_table(head, rows),
+        *table(head, rows),
     ]
     agreement = [
         [name, stem, f"{100 * entry['top1']:.1f} %", f"{entry['kl']:.3f}"]
@@ -126,7 +128,7 @@ def _quality(methods: Mapping[str, Row], drawn: Mapping[str, str]) -> str:
     ]
     if agreement:
         lines += ["", "Agreement with the dense model, token by token:", ""]
-        lines += _table(["method", "text", "same top token", "KL(dense || method), nats"], agreement)
+        lines += table(["method", "text", "same top token", "KL(dense || method), nats"], agreement)
     return "\n".join([*lines, *_tasks(methods), *_picture(drawn, "perplexity")])
 
 
@@ -151,7 +153,7 @@ def _tasks(methods: Mapping[str, Row]) -> list[str]:
         "Accuracy ± standard error. Retention: summed accuracy over that of the dense model, with its 95 % interval "
         "(paired bootstrap), over the tasks where the dense model is at least 5 standard errors above chance.",
         "",
-        *_table(["task", "questions", "chance", "dense", *methods], rows),
+        *table(["task", "questions", "chance", "dense", *methods], rows),
     ]
 
 
@@ -170,52 +172,16 @@ def _ratio_cell(entry: Row) -> str:
     if entry.get("model") is None:
         return "–"
     if entry.get("ratio") is None:
-        return _number(entry["model"])
+        return number(entry["model"])
     error = "" if entry.get("ratio_stderr") is None else f" ± {entry['ratio_stderr']:.3f}"
-    return f"{_number(entry['model'])} (× {entry['ratio']:.3f}{error})"
+    return f"{number(entry['model'])} (× {entry['ratio']:.3f}{error})"
 
 
 def _speed(bench: Row, drawn: Mapping[str, str]) -> str:
     runs = list(bench.get("runs") or [])
     if not runs:
         return ""
-    keys = ("phase", "size", "dtype", "threads")
-    grouped: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for run in runs:
-        grouped.setdefault(tuple(run[key] for key in keys), {})[run["implementation"]] = run
-    rows = []
-    for (phase, size, dtype, threads), by_name in grouped.items():
-        what = f"{phase}, batch {size}" if phase == "decode" else f"{phase}, {size} tokens"
-        dense, sparse = by_name.get("dense", {}), by_name.get("factormix", {})
-        rows.append([
-            what, dtype, str(threads), _spread(dense), _spread(sparse),
-            _times(sparse.get("ratio")), _times(sparse.get("limit")), _bytes(sparse.get("peak_bytes")),
-        ])  # fmt: skip
-    settings = bench.get("settings") or {}
-    how = (
-        f"Medians of {settings['repeats']} rounds, dense and FactorMix in turn" if "repeats" in settings else "Medians"
-    )
-    lines = [
-        "## Speed",
-        "",
-        f"{how}; quartiles in brackets. The limit is the ratio that the bytes of the weights read (decode) or the "
-        "floating-point operations (prefill) allow.",
-        "",
-        *_table(
-            [
-                "phase",
-                "dtype",
-                "threads",
-                "dense, tokens/s",
-                "FactorMix, tokens/s",
-                "ratio",
-                "limit",
-                "FactorMix, memory",
-            ],
-            rows,
-        ),
-    ]
-    return "\n".join([*lines, *_picture(drawn, "speed")])
+    return "\n".join(["## Speed", "", EXPLAINED, "", *speed_table(runs), *_picture(drawn, "speed")])
 
 
 def _sites(sites: Sequence[Row], drawn: Mapping[str, str]) -> str:
@@ -239,7 +205,7 @@ def _sites(sites: Sequence[Row], drawn: Mapping[str, str]) -> str:
         "routed output's norm that the chosen experts hold. Error: norm of what an FFN's output misses over the norm "
         "of the dense output.",
         "",
-        *_table(["", "mean", "lowest", "highest"], rows),
+        *table(["", "mean", "lowest", "highest"], rows),
     ]
     return "\n".join([*lines, *_picture(drawn, "sites"), *_picture(drawn, "load")])
 
@@ -264,11 +230,11 @@ def _how(run: Row) -> str:
         lines += [
             "## Configuration",
             "",
-            *_table(["option", "value"], [[f"`{k}`", f"`{v}`"] for k, v in config.items()]),
+            *table(["option", "value"], [[f"`{k}`", f"`{v}`"] for k, v in config.items()]),
         ]
     if run.get("data"):
         rows = [[name, f"`{digest}`"] for name, digest in run["data"].items()]
-        lines += ["", "Data, by SHA-256:", "", *_table(["text", "SHA-256"], rows)]
+        lines += ["", "Data, by SHA-256:", "", *table(["text", "SHA-256"], rows)]
     if run.get("versions"):
         lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in run["versions"].items()) + "."]
     return "\n".join(lines).strip()
@@ -286,37 +252,11 @@ def _picture(drawn: Mapping[str, str], name: str) -> list[str]:
     return ["", f"![{plots.CAPTIONS[name]}](plots/{drawn[name]})"] if name in drawn else []
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    return [line(head), "|" + " --- |" * len(head), *(line(row) for row in rows)]
-
-
 def _verbatim(text: str) -> list[str]:
     """A code block with a fence longer than any in the text, so that nothing of it is read as Markdown."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return [f"{fence}text", text, fence]
-
-
-def _spread(run: Row) -> str:
-    if not run:
-        return "–"
-    quartiles = run.get("tokens_per_s_iqr")
-    spread = f" ({_number(quartiles[0])}–{_number(quartiles[1])})" if quartiles else ""
-    return _number(run["tokens_per_s"]) + spread
-
-
-def _times(value: float | None) -> str:
-    return "–" if value is None else f"× {value:.2f}"
-
-
-def _number(value: float | None) -> str:
-    """Four significant digits, without an exponent below ten million."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def _count(value: int | None) -> str:
@@ -327,10 +267,6 @@ def _duration(seconds: float | None) -> str:
     if not seconds:
         return ""
     return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
-
-
-def _bytes(count: int | None) -> str:
-    return f"{count / 2**30:.2f} GiB" if count and count >= 2**30 else f"{count / 2**20:.0f} MiB" if count else ""
 
 
 def _joined(values: Iterable[Any]) -> str:

@@ -2,12 +2,15 @@
 
     result = bench(model, dense)                                        # decode batch 1, prefill 512, float32, 1 thread
     result = bench(model, dense, decode_batches=(1, 8), dtypes=("float32", "bfloat16"), threads=(1, 2))
+    result = bench(model, dense, beside=("active-width",))              # and what it could reach
     write_json(path, result.to_dict())                                  # docs/json.md
 
 Decode is the time of greedy steps with a key-value cache, the prompt's own forward left out; prefill is the time of
-one forward over a window, without cache and with the logits of the last token only. The two models take turns, who
-goes first alternates, so that a slow spell of the machine hits both; one round is warm-up. Speeds are medians over
-`repeats` rounds, with the quartiles beside; `limit` is the ratio the weights' bytes (decode) or FLOPs (prefill) allow.
+one forward over a window, without cache and with the logits of the last token only; generate is all that the model's
+own ``generate()`` takes, prompt included. The models take turns, who goes first alternates, so that a slow spell of the
+machine hits all; one round is warm-up. Whole models run, layer after layer, so that no cache holds a layer's weights
+until its next turn (models far smaller than a cache excepted). Speeds are medians over `repeats` rounds, with the
+quartiles beside; `limit` is the ratio that bytes (decode) or FLOPs (prefill) allow, see `factormix.evaluate.roofline`.
 """
 
 from __future__ import annotations
@@ -25,8 +28,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from factormix.evaluate.causal import REMEDY, accepts
-from factormix.evaluate.cost import bytes_per_token, flops_per_token, weight_bytes
+from factormix.evaluate.companions import companion
+from factormix.evaluate.cost import weight_bytes
 from factormix.evaluate.memory import PeakMemory
+from factormix.evaluate.roofline import ExpertsHit, cache_bytes, decode_bytes, prefill_flops
 from factormix.run.errors import FactorMixError, choose
 from factormix.run.progress import progress
 from factormix.run.record import RunRecord
@@ -34,6 +39,7 @@ from factormix.run.record import RunRecord
 SCHEMA_VERSION = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DENSE, SPARSE = "dense", "factormix"
+PAGE_BYTES = 4096
 Convert = Callable[[nn.Module, torch.dtype], nn.Module]
 
 
@@ -42,13 +48,13 @@ class Run:
     """One implementation in one setting."""
 
     phase: str
-    """decode or prefill"""
+    """decode, generate or prefill"""
     size: int
-    """decode: batch size; prefill: tokens of the window"""
+    """decode, generate: batch size; prefill: tokens of the window"""
     dtype: str
     threads: int
     implementation: str
-    """dense or factormix"""
+    """dense, factormix, or one of `companions.COMPANIONS`"""
     tokens_per_s: float
     """median over the rounds"""
     tokens_per_s_iqr: tuple[float, float]
@@ -56,9 +62,11 @@ class Run:
     ratio: float | None
     """tokens_per_s over that of dense; None without a base"""
     limit: float | None
-    """the ratio that the bytes (decode) or FLOPs (prefill) of the two allow; None without a base"""
+    """the ratio that the bytes (decode) or FLOPs (prefill) of the two allow; None without a base and for generate"""
     peak_bytes: int
     """the implementation's own weights and the most that its warm-up round held beyond them"""
+    cost: float | None = None
+    """decode: bytes that a step reads; prefill: floating-point operations of the window; generate: None"""
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,8 @@ class Bench:
         first = [run for run in self.runs if (run.dtype, run.threads) == defaults]
         front: dict[str, dict[str, dict[str, float | None]]] = {"decode": {}, "prefill": {}}
         for run in first:
+            if run.phase not in front or run.implementation not in (DENSE, SPARSE):
+                continue
             entry = front[run.phase].setdefault(str(run.size), {"base": None, "model": None, "ratio": None})
             entry["base" if run.implementation == DENSE else "model"] = run.tokens_per_s
             if run.implementation == SPARSE:
@@ -88,6 +98,8 @@ def bench(
     *,
     decode_batches: Sequence[int] = (1,),
     prefill_tokens: Sequence[int] = (512,),
+    generate_batches: Sequence[int] = (),
+    beside: Sequence[str] = (),
     dtypes: Sequence[str] = ("float32",),
     threads: Sequence[int] = (1,),
     prompt_tokens: int = 64,
@@ -105,6 +117,8 @@ def bench(
         base: the dense model it was made from, or None to time `model` alone.
         decode_batches: batch sizes to decode with.
         prefill_tokens: window lengths to prefill (batch 1).
+        generate_batches: batch sizes to time ``generate()`` with.
+        beside: of `companions.COMPANIONS`, what else takes turns.
         dtypes: of "float32", "bfloat16", "float16"; the first is the default that the result shows up front.
         threads: CPU thread counts; the count in force is put back at the end.
         prompt_tokens: length of the prompt that decoding starts from.
@@ -118,10 +132,11 @@ def bench(
         quiet: no progress line.
 
     Raises:
-        FactorMixError: a dtype or size that cannot be, or decoding asked of a model that cannot generate.
+        FactorMixError: a dtype, size or companion that cannot be, or decoding asked of a model that cannot generate.
     """
     implementations = {SPARSE: model} if base is None else {DENSE: base, SPARSE: model}
-    work = [("decode", size) for size in decode_batches] + [("prefill", size) for size in prefill_tokens]
+    sizes = {"decode": decode_batches, "generate": generate_batches, "prefill": prefill_tokens}
+    work = [(phase, size) for phase, of in sizes.items() for size in of]
     _check(implementations, work, dtypes, threads, prompt_tokens, new_tokens, repeats)
     if text is None:
         text = _random_tokens(implementations.values(), seed)
@@ -145,46 +160,78 @@ def bench(
             if held != dtype:
                 current = {}  # let go of the last dtype's copies before making new ones
                 current = {name: _as(each, DTYPES[dtype], convert) for name, each in implementations.items()}
+                current |= {name: companion(name, current[SPARSE], current.get(DENSE)) for name in beside}
                 held = dtype
+                for each in current.values():
+                    _make_resident(each)
             torch.set_num_threads(count)
-            rounds = _rounds(current, phase, size, text, prompt_tokens, new_tokens, repeats)
-            done += _runs(current, rounds, phase, size, dtype, count)
+            measured = _rounds(current, phase, size, text, prompt_tokens, new_tokens, repeats)
+            done += _runs(measured, phase, size, dtype, count)
     return Bench(tuple(done), settings)
+
+
+@dataclass
+class _Measured:
+    """Of one implementation in one setting."""
+
+    speeds: list[float]
+    """tokens a second of each round"""
+    peak: int
+    """bytes, of the warm-up round"""
+    cost: float | None
+    """see `Run`"""
 
 
 def _rounds(
     models: Mapping[str, nn.Module], phase: str, size: int, text: Tensor, prompt: int, new: int, repeats: int
-) -> dict[str, tuple[list[float], int]]:
-    """By implementation: tokens a second of each round, and the peak bytes of the warm-up round."""
-    speeds: dict[str, list[float]] = {name: [] for name in models}
-    peaks: dict[str, int] = {}
+) -> dict[str, _Measured]:
     # for both or for none: the work must be the same
     last_only = phase == "prefill" and all(_keeps_last(model) for model in models.values())
 
-    def once(model: nn.Module) -> float:
-        if phase == "decode":
-            return _decode(model, _take(text, size, prompt).to(_device(model)), new)
-        return _prefill(model, _take(text, 1, size).to(_device(model)), last_only)
+    def once(model: nn.Module) -> tuple[float, float]:
+        """Tokens a second, and bytes in the key-value cache as a step finds it on average."""
+        if phase == "prefill":
+            return _prefill(model, _take(text, 1, size).to(_device(model)), last_only), 0.0
+        ids = _take(text, size, prompt).to(_device(model))
+        return _decode(model, ids, new) if phase == "decode" else (_generate(model, ids, new), 0.0)
 
+    measured: dict[str, _Measured] = {}
     with torch.inference_mode():
         for name, model in models.items():
-            with PeakMemory(_device(model)) as memory:
-                once(model)
-            peaks[name] = weight_bytes(model) + memory.rise
+            with PeakMemory(_device(model)) as memory, ExpertsHit(model) as seen:
+                _, cache = once(model)
+            cost = None
+            if phase == "decode":
+                cost = decode_bytes(model, size, seen.share(skip=1), cache)
+            elif phase == "prefill":
+                cost = prefill_flops(model, size)
+            measured[name] = _Measured([], weight_bytes(model) + memory.rise, cost)
         for turn in range(repeats):
             for name in list(models)[:: 1 if turn % 2 == 0 else -1]:
-                speeds[name].append(once(models[name]))
-    return {name: (speeds[name], peaks[name]) for name in models}
+                measured[name].speeds.append(once(models[name])[0])
+    return measured
 
 
-def _decode(model: nn.Module, ids: Tensor, new_tokens: int) -> float:
-    """Tokens a second of `new_tokens` greedy steps for each of the B rows after the prompt `ids` (B, P)."""
+def _decode(model: nn.Module, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+    """Tokens a second of `new_tokens` greedy steps for each of the B rows after the prompt `ids` (B, P); and the mean
+    bytes of the key-value cache."""
     name = "cache" if accepts(model, "cache") else "past_key_values"  # the old name, deprecated in transformers 5.2x
-    cache: dict[str, Any] = {name: DynamicCache(config=model.config), "use_cache": True}  # type: ignore[arg-type]
+    held = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    cache: dict[str, Any] = {name: held, "use_cache": True}
     step = model(input_ids=ids, **cache).logits[:, -1:].argmax(-1)  # (B, 1)
-    start = _now(ids.device)
+    before, start = cache_bytes(held), _now(ids.device)
     for _ in range(new_tokens):
         step = model(input_ids=step, **cache).logits[:, -1:].argmax(-1)  # (B, 1)
+    return ids.shape[0] * new_tokens / (_now(ids.device) - start), (before + cache_bytes(held)) / 2
+
+
+def _generate(model: nn.Module, ids: Tensor, new_tokens: int) -> float:
+    """New tokens a second of ``generate()`` on the prompts `ids` (B, P), greedy, the prompts' forward in the time."""
+    start = _now(ids.device)
+    model.generate(  # type: ignore[operator]
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+        do_sample=False, pad_token_id=0,
+    )  # fmt: skip
     return ids.shape[0] * new_tokens / (_now(ids.device) - start)
 
 
@@ -198,30 +245,17 @@ def _prefill(model: nn.Module, ids: Tensor, last_only: bool) -> float:
     return ids.numel() / (_now(ids.device) - start)
 
 
-def _runs(
-    models: Mapping[str, nn.Module],
-    rounds: Mapping[str, tuple[list[float], int]],
-    phase: str,
-    size: int,
-    dtype: str,
-    threads: int,
-) -> Iterator[Run]:
-    medians = {name: statistics.median(speeds) for name, (speeds, _) in rounds.items()}
-    for name, (speeds, peak) in rounds.items():
-        compared = DENSE in models
-        limit = _cost(models[DENSE], phase, size) / _cost(models[name], phase, size) if compared else None
-        ratio = medians[name] / medians[DENSE] if compared else None
-        quartiles = torch.tensor(speeds, dtype=torch.float64).quantile(torch.tensor([0.25, 0.75], dtype=torch.float64))
+def _runs(measured: Mapping[str, _Measured], phase: str, size: int, dtype: str, threads: int) -> Iterator[Run]:
+    medians = {name: statistics.median(of.speeds) for name, of in measured.items()}
+    dense = measured.get(DENSE)
+    for name, of in measured.items():
+        limit = dense.cost / of.cost if dense is not None and dense.cost and of.cost else None
+        ratio = None if dense is None else medians[name] / medians[DENSE]
+        quartiles = torch.tensor(of.speeds, dtype=torch.float64).quantile(
+            torch.tensor([0.25, 0.75], dtype=torch.float64)
+        )
         low, high = quartiles.tolist()
-        yield Run(phase, size, dtype, threads, name, medians[name], (low, high), ratio, limit, peak)
-
-
-def _cost(model: nn.Module, phase: str, size: int) -> float:
-    """What bounds the phase: bytes of weights a step, or FLOPs of a window with the head for one token only."""
-    if phase == "decode":
-        return bytes_per_token(model, tokens=size)
-    head = flops_per_token(model) - flops_per_token(model, head=False)
-    return size * flops_per_token(model, context=size / 2, head=False) + head
+        yield Run(phase, size, dtype, threads, name, medians[name], (low, high), ratio, limit, of.peak, of.cost)
 
 
 def _as(model: nn.Module, dtype: torch.dtype, convert: Convert | None) -> nn.Module:
@@ -240,6 +274,12 @@ def _as(model: nn.Module, dtype: torch.dtype, convert: Convert | None) -> nn.Mod
     if hasattr(cast, "config"):
         cast.config.dtype = dtype
     return cast
+
+
+def _make_resident(model: nn.Module) -> None:
+    """Touch every page of the weights: a file that was mapped, not read, would count as memory that a round needed."""
+    for tensor in model.parameters():
+        tensor.detach().reshape(-1)[:: PAGE_BYTES // tensor.element_size()].sum()
 
 
 @contextmanager
@@ -280,7 +320,7 @@ def _check(
         kind = type(model).__name__
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise FactorMixError(f"{kind} is an encoder-decoder; bench times decoders and encoders. {REMEDY}")
-        if any(phase == "decode" for phase, _ in work) and not getattr(model, "can_generate", lambda: True)():
+        if any(phase != "prefill" for phase, _ in work) and not getattr(model, "can_generate", lambda: True)():
             raise FactorMixError(
                 f"{kind} cannot decode: it has no next-token head. Ask for no decode batches. {REMEDY}"
             )

@@ -6,5 +6,6 @@ tested against. All of them take the packed weights of transformers' MoE blocks 
 
 from factormix.experts.dispatch import run_experts
 from factormix.experts.packed import PackedExperts
+from factormix.experts.register import experts_forward
 
-__all__ = ["PackedExperts", "run_experts"]
+__all__ = ["PackedExperts", "experts_forward", "run_experts"]

@@ -1,12 +1,12 @@
-"""Which path runs: the C++ operator where it serves; else by the number of tokens and whether gradients are wanted.
-Where torch.compile is tracing, all of it is one opaque operator."""
+"""Which path runs: the C++ operator where it serves, a GPU's kernels where they do; else by the number of tokens and
+whether gradients are wanted. Where torch.compile is tracing, all of it is one opaque operator."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from factormix.experts import native
+from factormix.experts import gpu, grouped_mm, native
 from factormix.experts.grouped import grouped
 from factormix.experts.packed import PackedExperts
 from factormix.experts.tokenwise import tokenwise
@@ -37,6 +37,10 @@ def _eager(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: PackedExper
     few = len(x) <= DECODE_TOKENS and x.device.type == "cpu"
     if few and not torch.is_grad_enabled():
         return tokenwise(x, chosen, scale, experts)
+    if gpu.serves(x, [experts]):
+        return gpu.decode(x, chosen, scale, experts, None)
+    if grouped_mm.serves(x, experts):
+        return grouped_mm.grouped_mm(x, chosen, scale, experts)
     return grouped(x, chosen, scale, experts)
 
 

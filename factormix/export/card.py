@@ -10,7 +10,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
 UNKNOWN_LICENCE = "other"
-PLACES = ("model", "out", "text", "heal_text", "task")
+PLACES = ("model", "out", "text", "heal_text", "task", "keep_experts_for", "against")
 """Of run.json's config: where the maker had things, no business of readers."""
 
 

@@ -124,8 +124,11 @@ def export_model(
     record = record or RunRecord("export")
     origin = origin or Origin(Path(out).name)
     reference = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+    scoring = choice.container.scoring(choice.needs)
+    if to == GGUF:
+        scoring = _gguf_file().llama_cpp_scoring(scoring)
     with record.phase("gates"):
-        gates = measure_gates(reference, packed, choice.container.scoring(choice.needs), quiet)
+        gates = measure_gates(reference, packed, scoring, quiet)
     with output_directory(out, overwrite) as folder:
         with record.phase("write"):
             inner = folder / GGUF if to == GGUF else folder  # the container goes again once its .gguf is written

@@ -6,8 +6,9 @@ m makes the weights of the chosen more even and the scores coarser: in float32, 
 about 2**(m - 23) tie, and chance chooses. `choose_m` takes the m in `M` that costs least, both measured.
 
 Both errors are seeds: one token whose experts differ in one layer differs more in the layers after it, and a little in
-all later tokens. A container that chooses before it scores (Granite, in transformers) has no ties and takes the largest
-m. `M` ends at 13 all the same, because llama.cpp and vLLM score Granite's experts first.
+all later tokens. A container that chooses before it scores (Granite, in transformers and in vLLM on CPUs) has no ties
+and takes the largest m. `M` ends at 14 all the same, because other engines may score Granite's experts first; llama.cpp
+does, so a .gguf file's m is chosen by llama.cpp's scoring (docs/engines.md has what m does either way).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from factormix.export.scoring import Scoring, flipped, top
 from factormix.nn import FactorMixMixin
 from factormix.run.progress import progress
 
-M = (10, 11, 12, 13)
+M = (10, 11, 12, 13, 14)
 FLIPS, DEVIATION = 1e-3, 1e-3  # what parity allows: decisions that flip; relative error of the output
 
 

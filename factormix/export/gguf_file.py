@@ -20,8 +20,10 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from factormix.export.choose import Choice, choose_container
 from factormix.export.container import Block, Container
+from factormix.export.containers import CONTAINERS
 from factormix.export.gguf_tokenizer import add_tokenizer
 from factormix.export.needs import Needs
+from factormix.export.scoring import Scoring
 from factormix.run.errors import FactorMixError
 
 FORMATS = {
@@ -52,6 +54,11 @@ class Architecture:
         describe: adds what this architecture has beside the common fields.
         rope_scaling: it reads Llama-3's frequency factors.
         head_size: it reads a head size other than hidden over heads.
+        biases: query, key and value biases are written.
+        untied: it wants an output matrix of its own, be it the embeddings' once more.
+        norm: its name of the norm before the experts.
+        experts: the config's name of their number.
+        more: what an FFN has beside a router, experts and shared neurons, or has in another form.
     """
 
     name: str
@@ -59,6 +66,11 @@ class Architecture:
     describe: Callable[[gguf.GGUFWriter, PretrainedConfig], None]
     rope_scaling: bool = False
     head_size: bool = False
+    biases: bool = False
+    untied: bool = False
+    norm: str = "ffn_norm"
+    experts: str = "num_local_experts"
+    more: Callable[[Block], dict[str, Tensor]] = lambda block: {}
 
 
 def _granite(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
@@ -80,10 +92,53 @@ def _qwen3(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
+def _qwen2(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    _qwen3(writer, config)
+    writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+
+
+def _glm4(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    _qwen3(writer, config)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_leading_dense_block_count(0)
+    writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+
+
+def _qwen2_shared(block: Block) -> dict[str, Tensor]:
+    assert block.shared_down is not None  # this container has shared neurons, be they zeros
+    hidden = block.shared_down.shape[0]
+    return {"ffn_gate_inp_shexp.weight": half_open(hidden), "ffn_down_shexp.weight": 2 * block.shared_down}
+
+
+def half_open(hidden: int) -> Tensor:
+    """The gate of qwen2moe's shared neurons as it is always 1/2, (H) float32.
+
+    llama.cpp computes its sigmoid as silu(v) / v, which is NaN where v is exactly 0. So v is made of a few coordinates
+    of the input, far apart in size: too small for the sigmoid to leave 1/2 by more than rounding, and 0 only where all
+    of them are.
+    """
+    gate = torch.zeros(hidden)
+    sizes = torch.tensor([-30.0, -54.0, -78.0, -102.0])[:hidden]
+    gate[: len(sizes)] = torch.exp2(sizes)
+    return gate
+
+
+def _glm4_correction(block: Block) -> dict[str, Tensor]:
+    return {"exp_probs_b.bias": torch.zeros(len(block.router))}
+
+
 ARCHITECTURES = {
     "granite": Architecture("granitemoe", True, _granite, rope_scaling=True),
     "mixtral": Architecture("llama", True, _mixtral, rope_scaling=True, head_size=True),
+    "qwen2_moe": Architecture(
+        "qwen2moe", False, _qwen2, biases=True, untied=True, experts="num_experts", more=_qwen2_shared
+    ),
     "qwen3_moe": Architecture("qwen3moe", False, _qwen3, head_size=True),
+    "glm4_moe": Architecture(
+        "glm4moe", False, _glm4, head_size=True, biases=True, norm="post_attention_norm", more=_glm4_correction
+    ),
 }
 
 
@@ -101,7 +156,7 @@ def gguf_problem(container: Container, needs: Needs) -> str | None:
         return f"llama.cpp's {architecture.name} would drop the rope scaling {kind!r}."
     if backbone.window is not None and not needs.cut_context:
         return f"llama.cpp's {architecture.name} has no sliding window."
-    if backbone.qkv_bias:
+    if backbone.qkv_bias and not architecture.biases:
         return f"llama.cpp's {architecture.name} is not written with attention biases."
     return None
 
@@ -135,6 +190,7 @@ def write_gguf(
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _describe(writer, config)
+    writer.add_expert_count(getattr(config, architecture.experts))
     architecture.describe(writer, config)
     add_tokenizer(writer, tokenizer, config.vocab_size)
     for label, tensor in _tensors(container, config, state, architecture):
@@ -161,7 +217,6 @@ def _describe(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_expert_count(config.num_local_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
 
 
@@ -170,6 +225,9 @@ def _tensors(
 ) -> list[tuple[str, Tensor]]:
     """llama.cpp's names and tensors."""
     found = [(f"{TOP[n.rpartition('.')[0]]}.weight", t) for n, t in state.items() if n.rpartition(".")[0] in TOP]
+    if architecture.untied and config.tie_word_embeddings:
+        found.append(("output.weight", state["model.embed_tokens.weight"]))
+    names = {**NAMES, "post_attention_layernorm": architecture.norm}
     if config.rope_parameters.get("rope_type") == "llama3":
         found.append(("rope_freqs.weight", rope_factors(config)))
     heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
@@ -178,21 +236,24 @@ def _tensors(
         own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
         for name, tensor in own.items():
             part, _, kind = name.rpartition(".")
-            if part in NAMES:
+            if part in names:
                 turned = interleaved(tensor, heads[part]) if architecture.permuted and part in heads else tensor
-                found.append((f"blk.{layer}.{NAMES[part]}.{kind}", turned))
-        found += [(f"blk.{layer}.{name}.weight", tensor) for name, tensor in _ffn(container.block(own)).items()]
+                found.append((f"blk.{layer}.{names[part]}.{kind}", turned))
+        block = container.block(own)
+        found += [(f"blk.{layer}.{name}", t) for name, t in {**_ffn(block), **architecture.more(block)}.items()]
     return found
 
 
 def _ffn(block: Block) -> dict[str, Tensor]:
     gate, up = block.gate_up.chunk(2, dim=1)  # (R, W, H) each
     named = {
-        "ffn_gate_inp": block.router, "ffn_gate_exps": gate, "ffn_up_exps": up, "ffn_down_exps": block.down,
+        "ffn_gate_inp.weight": block.router, "ffn_gate_exps.weight": gate,
+        "ffn_up_exps.weight": up, "ffn_down_exps.weight": block.down,
     }  # fmt: skip
     if block.shared_gate_up is not None and block.shared_down is not None:
         low, high = block.shared_gate_up.chunk(2)  # (S, H) each
-        named |= {"ffn_gate_shexp": low, "ffn_up_shexp": high, "ffn_down_shexp": block.shared_down}
+        shared = (("gate", low), ("up", high), ("down", block.shared_down))
+        named |= {f"ffn_{name}_shexp.weight": tensor for name, tensor in shared}
     return named
 
 
@@ -212,13 +273,23 @@ def rope_factors(config: PretrainedConfig) -> Tensor:
     return torch.tensor(1.0 / ((1 - smooth) / rope["factor"] + smooth), dtype=torch.float32)
 
 
+def llama_cpp_scoring(scoring: Scoring) -> Scoring:
+    """A container's scoring as llama.cpp does it: all experts before it chooses."""
+    return replace(scoring, kind="softmax") if scoring.kind == "topk" else scoring
+
+
 def choose_gguf(needs: Needs, approximate: bool) -> Choice:
     """The container of a GGUF file, its widths padded to whole blocks.
 
     Raises:
         FactorMixError: none holds the model, or llama.cpp would compute something else from it.
     """
-    choice = choose_container(needs, "auto", approximate, ARCHITECTURES)
+    right = [
+        name
+        for name in ARCHITECTURES
+        if gguf_problem(CONTAINERS[name], needs) is None and (approximate or not CONTAINERS[name].problems(needs))
+    ]
+    choice = choose_container(needs, "auto", approximate, right or ARCHITECTURES)
     if problem := gguf_problem(choice.container, choice.needs):
         raise FactorMixError(f"no GGUF: {problem}")
     return replace(choice, needs=padded(choice.needs))

@@ -7,10 +7,10 @@ text -> windows -> (site by site, at the student's own states:)
 
 from __future__ import annotations
 
-import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from factormix.factor.fit import SiteReport, fit_site
 from factormix.factor.heal import heal
 from factormix.factor.lockstep import Lockstep, batches_of
 from factormix.factor.partition import BLIND, COMPENSATED, PARTITIONS
-from factormix.ffn import FFNSite, find_sites, isolate, weights
+from factormix.ffn import FFNSite, find_sites, isolate, shared_copy
 from factormix.nn import FactorMixMixin, SparseFFN, SparseSpec, adopt
 from factormix.run.errors import FactorMixError
 from factormix.run.progress import progress
@@ -71,25 +71,12 @@ def factorize(
         raise FactorMixError(f"{type(dense).__name__} is sparse already; factorize the dense model it was made from.")
     sites = find_sites(dense, config.layers)
     specs = {site: _spec(site, config) for site in sites}  # refuses before any compute
-    packed = _packed(calibration, dense, tokenizer, config.window, config.tokens, config.seed)
+    packed = packed_text(calibration, dense, tokenizer, config.window, config.tokens, config.seed)
     started = time.perf_counter()
     was_training = dense.training
-    student = _shallow_copy(dense).eval()
-    reports = []
-    batches = batches_of(student, packed.input_ids, BATCH_WINDOWS)
-    done = _load_done(student, sites, specs, work)
-    every_use = {s.index: _inputs_of_every_use(student, s, batches) for s in sites if s.use_count > 1}
-    with Lockstep(student, sites, batches, done) as steps:
-        for site in progress(sites, "factoring FFNs", quiet=quiet):
-            if site.index in done:
-                reports.append(SiteReport(**work.load(_stage(site))[1]))  # type: ignore[union-attr]
-                continue
-            ffn, report = _factor_site(steps, site, config, every_use.get(site.index))
-            reports.append(report)
-            if work is not None:
-                work.save(_stage(site), dict(ffn.state_dict()), asdict(report))
-            if not keep_dense:
-                _release(steps.dense(site))
+    student = shared_copy(dense).eval()
+    build = partial(_factored, config=config)
+    reports = replace_ffns(student, specs, packed, build, keep_old=keep_dense, work=work, quiet=quiet)
     made_by: dict[str, Any] = {
         "config": config.to_dict(),
         "calibration": {"tokens": packed.tokens, "sha256": packed.sha256},
@@ -102,7 +89,7 @@ def factorize(
         if not keep_dense:
             raise FactorMixError("healing needs the dense model as teacher: keep_dense=False goes with heal.tokens 0.")
         source = calibration if healing is None else healing
-        text = _packed(source, dense, tokenizer, config.window, config.heal.tokens, config.seed + 1)
+        text = packed_text(source, dense, tokenizer, config.window, config.heal.tokens, config.seed + 1)
         made_by["healing"] = heal(
             student, dense, text, config.heal,
             label=config.label, pa_form=config.router_loss, seed=config.seed, work=work, quiet=quiet,
@@ -110,17 +97,59 @@ def factorize(
     return student.eval()
 
 
-def _factor_site(
-    steps: Lockstep, site: FFNSite, config: FactorConfig, every_use: Tensor | None
-) -> tuple[SparseFFN, SiteReport]:
-    """One site: gather its inputs, cut it, fit it, and let the forwards run on with it.
+Build = Callable[[Lockstep, FFNSite, Tensor, Tensor], tuple[SparseFFN, SiteReport]]
+
+
+def replace_ffns(
+    student: PreTrainedModel,
+    specs: Mapping[FFNSite, SparseSpec],
+    text: Packed,
+    build: Build,
+    *,
+    keep_old: bool = True,
+    work: WorkDirectory | None = None,
+    quiet: bool = False,
+) -> list[SiteReport]:
+    """Replace a model's FFNs in place, front to back, each at the states that the new ones before it give.
 
     Every position counts, BOS too: its huge output is what later layers attend to when nothing else matters.
+
+    Args:
+        student: the model.
+        specs: what will stand at each site, in their order.
+        text: windows to run.
+        build: makes the new FFN of a site from its inputs (T, H) and the old one's outputs (T, H).
+        keep_old, work, quiet: as `factorize` has them.
     """
-    inputs = steps.inputs(site)  # (B, L, H) a batch
-    x = torch.cat([s.reshape(-1, site.hidden) for s in inputs]) if every_use is None else every_use  # (T, H)
-    with torch.no_grad():
-        target = torch.cat([steps.dense(site)(rows) for rows in x.split(4096)])  # (T, H)
+    reports, sites = [], list(specs)
+    batches = batches_of(student, text.input_ids, BATCH_WINDOWS)
+    done = _load_done(student, specs, work)
+    every_use = {s.index: _inputs_of_every_use(student, s, batches) for s in sites if s.use_count > 1}
+    with Lockstep(student, sites, batches, done) as steps:
+        for site in progress(sites, "factoring FFNs", quiet=quiet):
+            if site.index in done:
+                reports.append(SiteReport(**work.load(_stage(site))[1]))  # type: ignore[union-attr]
+                continue
+            inputs = steps.inputs(site)  # (B, L, H) a batch
+            x = every_use.get(site.index)  # (T, H)
+            if x is None:
+                x = torch.cat([states.reshape(-1, site.hidden) for states in inputs])
+            with torch.no_grad():
+                target = torch.cat([steps.old(site)(rows) for rows in x.split(4096)])  # (T, H)
+            ffn, report = build(steps, site, x, target)
+            steps.replace(site, ffn)
+            reports.append(report)
+            if work is not None:
+                work.save(_stage(site), dict(ffn.state_dict()), asdict(report))
+            if not keep_old:
+                _release(steps.old(site))
+    return reports
+
+
+def _factored(
+    steps: Lockstep, site: FFNSite, x: Tensor, target: Tensor, config: FactorConfig
+) -> tuple[SparseFFN, SiteReport]:
+    """One dense FFN cut and fitted."""
     dense_weights = steps.weights(site)
     stats = ActivationStats(dense_weights, site.act(), seed=config.seed + site.index)
     for rows in () if config.partition in BLIND else x.split(4096):
@@ -130,7 +159,6 @@ def _factor_site(
     ffn = assemble(_spec(site, config), dense_weights, assignment).eval()
     report = SiteReport(site=site.index, layer=site.layers[0])
     fit_site(ffn, x, target, config, report)
-    steps.replace(site, ffn)
     return ffn, report
 
 
@@ -139,7 +167,7 @@ def _spec(site: FFNSite, config: FactorConfig) -> SparseSpec:
 
 
 def _inputs_of_every_use(model: PreTrainedModel, site: FFNSite, batches: list[dict[str, Tensor]]) -> Tensor:
-    """Inputs (T, H) of an FFN that several layers share (ALBERT), from all its uses in the dense model.
+    """Inputs (T, H) of an FFN that several layers share (ALBERT), from all its uses in the old model.
 
     Lockstep halts at the first use only. Of the T * use_count rows, every use_count-th is kept.
     """
@@ -156,19 +184,13 @@ def _inputs_of_every_use(model: PreTrainedModel, site: FFNSite, batches: list[di
     return torch.cat(seen)[:: site.use_count]
 
 
-def _shallow_copy(dense: PreTrainedModel) -> PreTrainedModel:
-    """The same modules anew around the same tensors: swapping an FFN of the copy leaves the original as it is."""
-    shared = {id(t): t for t in [*dense.parameters(), *dense.buffers()]}
-    return copy.deepcopy(dense, shared)  # type: ignore[arg-type]
-
-
 def _release(module: nn.Module) -> None:
     """Free the tensors of a dense FFN, wherever else they are still referred to."""
     for parameter in module.parameters():
         parameter.data = torch.empty(0, dtype=parameter.dtype)
 
 
-def _packed(
+def packed_text(
     text: Packed | Sequence[str],
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -176,6 +198,7 @@ def _packed(
     tokens: int,
     seed: int,
 ) -> Packed:
+    """Windows of documents or files of text, as `factorize` takes them; windows as they are."""
     if isinstance(text, Packed):
         return text
     if tokenizer is None:
@@ -200,18 +223,18 @@ def _stage(site: FFNSite) -> str:
 
 
 def _load_done(
-    student: PreTrainedModel, sites: list[FFNSite], specs: dict[FFNSite, Any], work: WorkDirectory | None
+    student: PreTrainedModel, specs: Mapping[FFNSite, SparseSpec], work: WorkDirectory | None
 ) -> dict[int, SparseFFN]:
     """Sparse FFNs of a killed run, front to back without a gap."""
     done: dict[int, SparseFFN] = {}
-    for site in sites:
+    for site, spec in specs.items():
         if work is None or not work.done(_stage(site)):
             break
         tensors, _ = work.load(_stage(site))
         with torch.device("meta"):
-            ffn = SparseFFN(specs[site])
-        like = weights(student, site).up
-        ffn.load_state_dict({k: v.to(like.device) for k, v in tensors.items()}, strict=True, assign=True)
+            ffn = SparseFFN(spec)
+        device = next(isolate(student, site).parameters()).device
+        ffn.load_state_dict({k: v.to(device) for k, v in tensors.items()}, strict=True, assign=True)
         done[site.index] = ffn.eval()
     return done
 

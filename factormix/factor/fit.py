@@ -46,6 +46,7 @@ class SiteReport:
         captured: share of the squared norm of the experts' outputs that the chosen experts hold.
         error_before, error_after: |F - y|^2 / |F|^2 with the router fitted, before and after the layer fit.
         load: (R,) share of tokens that chose each expert; K / R each when even.
+        kept: experts of a routed FFN that a static one kept (`keep`).
     """
 
     site: int
@@ -55,6 +56,7 @@ class SiteReport:
     error_before: float = 0.0
     error_after: float = 0.0
     load: list[float] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
 
 
 def fit_site(ffn: SparseFFN, x: Tensor, target: Tensor, config: FactorConfig, report: SiteReport) -> None:

@@ -18,7 +18,8 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
-from factormix.ffn import FFNSite, FFNWeights, swap, weights
+from factormix.ffn import FFNSite, FFNWeights, isolate, swap, weights
+from factormix.nn import SparseFFN
 
 Batch = Mapping[str, Tensor]
 
@@ -109,7 +110,8 @@ class Lockstep:
         for site in self.sites:
             halt = _Halt(lambda: cast(_Runner, self._running))
             halt.new = self._done.get(site.index)
-            self._weights[site.index] = weights(self.model, site)
+            if not isinstance(isolate(self.model, site), SparseFFN):
+                self._weights[site.index] = weights(self.model, site)
             self._old[site.index], self._halts[site.index] = swap(self.model, site, halt), halt
         self._runners = [_Runner(lambda b=b: self.model(**b)) for b in self.batches]  # type: ignore[misc]
         return self
@@ -134,11 +136,11 @@ class Lockstep:
             runner.input = None
 
     def weights(self, site: FFNSite) -> FFNWeights:
-        """The weights of that dense FFN."""
+        """The weights of the FFN that stood at the site, a dense one."""
         return self._weights[site.index]
 
-    def dense(self, site: FFNSite) -> nn.Module:
-        """The dense FFN that stood at the site."""
+    def old(self, site: FFNSite) -> nn.Module:
+        """The FFN that stood at the site."""
         return self._old[site.index]
 
     def __exit__(

@@ -2,8 +2,8 @@
 
 from factormix.ffn.families import FAMILIES, Family, Layout
 from factormix.ffn.site import DenseFFN, FFNSite, FFNWeights
-from factormix.ffn.surgery import find_sites, get, isolate, swap, weights
-from factormix.ffn.widen import set_inner, widen
+from factormix.ffn.surgery import find_sites, get, isolate, shared_copy, swap, weights
+from factormix.ffn.widen import narrow, set_inner, widen
 
 __all__ = [
     "FAMILIES",
@@ -15,7 +15,9 @@ __all__ = [
     "find_sites",
     "get",
     "isolate",
+    "narrow",
     "set_inner",
+    "shared_copy",
     "swap",
     "weights",
     "widen",

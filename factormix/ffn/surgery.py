@@ -12,8 +12,10 @@ module that is replaced. BERT-like models, OPT and ALBERT drop after it, and go 
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -21,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from factormix.ffn.families import FAMILIES, Layout
 from factormix.ffn.site import DenseFFN, FFNSite, FFNWeights, bias_of, name_activation, rows
 from factormix.run.errors import FactorMixError, nearest
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def find_sites(model: nn.Module, layers: Sequence[int] | None = None) -> list[FFNSite]:
@@ -127,6 +131,12 @@ def weights(model: nn.Module, site: FFNSite) -> FFNWeights:
         up_bias=up_bias,
         down_bias=bias_of(down),
     )
+
+
+def shared_copy(model: M) -> M:
+    """The same modules anew around the same tensors: swapping an FFN of the copy leaves the original as it is."""
+    shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, shared)  # type: ignore[arg-type]
 
 
 def dense_linears(model: nn.Module, site: FFNSite) -> tuple[nn.Module | None, nn.Module, nn.Module]:

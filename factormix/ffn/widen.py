@@ -1,4 +1,5 @@
-"""Append neurons to a dense FFN, in place: y gains their outputs, and stock transformers can hold the result.
+"""Append neurons to a dense FFN, in place: y gains their outputs, and stock transformers can hold the result. Or cut it
+to fewer neurons.
 
 A config says one inner width for all layers, so every FFN is widened alike; zero neurons fill up what has none to add.
 """
@@ -36,7 +37,6 @@ def widen(model: nn.Module, site: FFNSite, inner: int, extra: FFNWeights | None 
         FactorMixError: the FFN is not dense any more, or has no bias where `extra` has one.
     """
     old = weights(model, site)
-    gate, up, down = dense_linears(model, site)
     room = inner - site.inner
 
     def grown(own: Tensor | None, added: Tensor | None, what: str) -> Tensor | None:
@@ -58,15 +58,23 @@ def widen(model: nn.Module, site: FFNSite, inner: int, extra: FFNWeights | None 
             raise FactorMixError(f"the FFN at {site.name} has no output bias; the neurons to append have one.")
         down_bias = down_bias + more.down_bias.to(down_bias)
     assert new_up is not None and new_down is not None
-    if site.layout.fused:
-        assert new_gate is not None
-        both = None if up_bias is None or gate_bias is None else torch.cat([gate_bias, up_bias])  # (2I',)
-        _put(up, torch.cat([new_gate, new_up]), both)  # (2I', H)
-    else:
-        _put(up, new_up, up_bias)
-        if gate is not None and new_gate is not None:
-            _put(gate, new_gate, gate_bias)
-    _put(down, new_down.T, down_bias)
+    _write(model, site, FFNWeights(new_up, new_down, new_gate, up_bias, gate_bias, down_bias))
+    return dataclasses.replace(site, inner=inner)
+
+
+@torch.no_grad()
+def narrow(model: nn.Module, site: FFNSite, inner: int) -> FFNSite:
+    """Keep the first `inner` neurons of the dense FFN at `site`, in place; what it computes changes.
+
+    Returns:
+        The site with its new width.
+
+    Raises:
+        FactorMixError: the FFN is not dense any more.
+    """
+    old = weights(model, site)
+    gate, gate_bias, up_bias = (None if t is None else t[:inner] for t in (old.gate, old.gate_bias, old.up_bias))
+    _write(model, site, FFNWeights(old.up[:inner], old.down[:inner], gate, up_bias, gate_bias, old.down_bias))
     return dataclasses.replace(site, inner=inner)
 
 
@@ -91,6 +99,22 @@ def set_inner(model: PreTrainedModel, old: int, new: int) -> None:
         f"a {model.config.model_type!r} config has no single field for the FFNs' width {old} (looked for "
         f"{', '.join(INNER_FIELDS)}), so a stock checkpoint cannot be {new} wide. Use the adapter unmerged."
     )
+
+
+def _write(model: nn.Module, site: FFNSite, new: FFNWeights) -> None:
+    """Give the dense FFN at `site` other weights, of another width."""
+    gate, up, down = dense_linears(model, site)
+    if site.layout.fused:
+        assert new.gate is not None
+        both = (
+            None if new.up_bias is None or new.gate_bias is None else torch.cat([new.gate_bias, new.up_bias])
+        )  # (2I',)
+        _put(up, torch.cat([new.gate, new.up]), both)  # (2I', H)
+    else:
+        _put(up, new.up, new.up_bias)
+        if gate is not None and new.gate is not None:
+            _put(gate, new.gate, new.gate_bias)
+    _put(down, new.down.T, new.down_bias)
 
 
 def _put(linear: nn.Module, rows: Tensor, bias: Tensor | None) -> None:

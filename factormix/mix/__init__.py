@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from factormix.mix.config import InjectConfig
     from factormix.mix.load import load_mix, save_mix
     from factormix.mix.merge import merge_adapters
+    from factormix.mix.own_gate import fit_own_gate
     from factormix.mix.peft_tuner import MixDAConfig
     from factormix.mix.stage1 import inject
     from factormix.mix.stage2 import adapt
@@ -23,6 +24,7 @@ _HOME = {
     "InjectConfig": "config",
     "MixDAConfig": "peft_tuner",
     "adapt": "stage2",
+    "fit_own_gate": "own_gate",
     "inject": "stage1",
     "load_adapters": "adapter_files",
     "load_mix": "load",
@@ -35,6 +37,7 @@ __all__ = [
     "InjectConfig",
     "MixDAConfig",
     "adapt",
+    "fit_own_gate",
     "inject",
     "load_adapters",
     "load_mix",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from factormix.data.fewshot import BINS
 from factormix.data.labelled import KINDS
 from factormix.run.config import Config, option
+from factormix.run.errors import FactorMixError
 
 TASK_ADAPTERS = ("pfeiffer", "houlsby", "lora", "prefix", "none")
 LANGUAGE_KINDS = ("causal-lm", "text")  # tasks that the language-modelling head does, without a head of their own
@@ -29,7 +30,11 @@ class AdaptConfig(Config):
     lora_rank: int = option(8, help="lora: its rank", minimum=1)
     prefix_tokens: int = option(30, help="prefix: its virtual tokens", minimum=1)
     gate: str = option("sigmoid", help="how domains are weighed", choices=("sigmoid", "softmax", "paper"))
-    gate_start: str = option("on", help="domains start at full weight, or off: near the base", choices=("on", "off"))
+    gate_start: str = option(
+        "on",
+        help="domains start at full weight, or off: near the base, or each by its own gate, which `inject` fitted",
+        choices=("on", "off", "own"),
+    )
     task_kind: str = option("auto", help="what the labels are, if the file does not tell", choices=("auto", *KINDS))
     pooling: str = option(
         "auto",
@@ -52,6 +57,12 @@ class AdaptConfig(Config):
     max_minutes: float = option(0.0, help="stop in good order after this long; 0 for never", minimum=0)
     save_steps: int = option(20, help="steps between checkpoints a killed run resumes from", minimum=1)
     seed: int = option(0, help="of the start, the shots and the order of the examples")
+
+    def validate(self) -> None:
+        """Ranges, choices, and settings that contradict each other."""
+        super().validate()
+        if self.gate_start == "own" and self.gate != "sigmoid":
+            raise FactorMixError(f"gate_start 'own' goes with gate 'sigmoid', not {self.gate!r}.")
 
     def adapter_for(self, kind: str) -> str:
         """The task adapter for a task of this kind."""

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 
 from factormix.ffn import FFNSite
 from factormix.mix.base_identity import check_base, identity_of
+from factormix.mix.gate_files import GATE, save_gates
 from factormix.mix.masked_head import MaskedHead, save_head
 from factormix.mix.peft_tuner import MixDAConfig, MixDALayer, assert_trainable
+from factormix.nn import DomainGate
 from factormix.run.directory import output_directory, write_json
 from factormix.run.errors import FactorMixError
 from factormix.run.tensors import read_tensors, write_tensors
@@ -43,6 +45,7 @@ def save_adapter(
     overwrite: bool = False,
     run: Mapping[str, Any] | None = None,
     head: MaskedHead | None = None,
+    gates: Mapping[int, DomainGate] | None = None,
 ) -> None:
     """Write one adapter as PEFT's directory, adapter_config.json and adapter_model.safetensors at its top, atomically.
 
@@ -54,6 +57,7 @@ def save_adapter(
         overwrite: replace what is there.
         run: what made it, written as run.json.
         head: that the adapter was trained under, where the base has none; written beside it.
+        gates: its own, from `fit_own_gate`; written into `gate/`, as those of stage 2 are.
 
     Raises:
         FactorMixError: an existing directory, a full disk.
@@ -67,6 +71,9 @@ def save_adapter(
         write_tensors(folder / WEIGHTS, tensors)
         if head is not None:
             save_head(head, folder)
+        if gates:
+            (folder / GATE).mkdir()
+            save_gates(gates, {domain: folder}, folder / GATE)
         if run is not None:
             write_json(folder / "run.json", run)
 

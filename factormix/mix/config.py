@@ -60,6 +60,11 @@ class InjectConfig(Config):
         choices=("random", "nearest"),
     )
     retriever: str = option("asset:minilm", help="the encoder that finds the nearest: a model as MODEL is named")
+    gate_tokens: int = option(
+        16_384,
+        help="tokens of knowledge, and as many of general text, that the adapter's own gate is fitted on; 0: no gate",
+        minimum=0,
+    )
     window: int = option(512, help="tokens of a window", minimum=8)
     batch_tokens: int = option(512, help="tokens of knowledge in one optimiser step", minimum=1)
     lr: float = option(5e-3, help="peak learning rate", minimum=0)

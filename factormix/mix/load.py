@@ -24,12 +24,13 @@ from transformers import PreTrainedModel
 from factormix.mix.adapter_files import CONFIG as PEFT_CONFIG
 from factormix.mix.adapter_files import WEIGHTS as PEFT_WEIGHTS
 from factormix.mix.gate_files import (
+    GATE,
     check_domains,
     domain_hashes,
-    fill_gates,
     read_gate_config,
     save_gates,
 )
+from factormix.mix.gated import fill_gates
 from factormix.mix.mix_model import MixModel
 from factormix.mix.task import Task
 from factormix.mix.task_adapters import TaskAdapterSpec, check_tensors
@@ -39,7 +40,7 @@ from factormix.run.tensors import read_tensors, write_tensors
 
 FORMAT_VERSION = 1
 TASK, HEAD = "task.json", "head.safetensors"
-GATE, TASK_ADAPTER = "gate", "task_adapter"
+TASK_ADAPTER = "task_adapter"
 
 
 def save_mix(

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from factormix.ffn import FFNSite, FFNWeights, get, set_inner, swap, widen
 from factormix.mix.adapter_files import WEIGHTS, check_shapes, read_adapter_config
 from factormix.mix.base_identity import check_base, identity_at
-from factormix.mix.sizes import ALIGN, sites_of
-from factormix.nn import DomainAdapterSpec, FactorMixMixin, SparseFFN, SparseSpec
+from factormix.mix.sizes import ALIGN
+from factormix.nn import DomainAdapterSpec, FactorMixMixin, SparseFFN, SparseSpec, sites_of
 from factormix.run.errors import FactorMixError
 from factormix.run.tensors import read_tensors
 

@@ -20,14 +20,13 @@ from transformers import PreTrainedModel
 
 from factormix.ffn import FFNSite
 from factormix.mix.adapter_files import load_adapters
-from factormix.mix.gate_files import put_gates
+from factormix.mix.gated import OWN, fill_own_gates, put_gates
 from factormix.mix.losses import no_cache
 from factormix.mix.peft_task_adapters import LoraAdapter, PrefixAdapter
 from factormix.mix.peft_tuner import assert_trainable, domain_layer, trainable_names
-from factormix.mix.sizes import sites_of
 from factormix.mix.task_adapters import ACTIVATION, BottleneckAdapters, TaskAdapter, TaskAdapterSpec
 from factormix.mix.trained import hold_only_trained
-from factormix.nn import DomainGate
+from factormix.nn import DomainGate, sites_of
 from factormix.run.errors import FactorMixError
 
 HEAD_STD = 0.02  # of the head's weight at the start
@@ -58,7 +57,7 @@ class MixModel(nn.Module):
         adapter: the task adapter.
         outputs: of the head; 0 for none, then the model's own language-modelling head answers.
         pooling: token the head reads, "last", "mean" or "first".
-        gate, start: kind and start of the gates, see `DomainGate`.
+        gate, start: kind and start of the gates, see `DomainGate`; start "own": each domain's own.
 
     Attributes:
         model: the base with everything in it.
@@ -68,7 +67,7 @@ class MixModel(nn.Module):
         mask: of the last forward, (N, L); what reads the gates' weights leaves padding out by it.
 
     Raises:
-        FactorMixError: an encoder-decoder; as `load_adapters` and `make_task_adapter`.
+        FactorMixError: an encoder-decoder; as `load_adapters`, `fill_own_gates` and `make_task_adapter`.
     """
 
     def __init__(
@@ -93,7 +92,9 @@ class MixModel(nn.Module):
             self.hf_device_map = model.hf_device_map
         peft = load_adapters(model, domains) if domains else None
         self.__dict__["peft"] = peft  # not registered: it holds the same model
-        put_gates(model, sites, self.domains, gate, start)
+        gates = put_gates(model, sites, self.domains, gate, start)
+        if start == OWN:
+            fill_own_gates(gates, domains)
         layers = {site.index: domain_layer(model, site) for site in sites}
         self.layers = {index: layer for index, layer in layers.items() if layer is not None}
         self.task_adapter = make_task_adapter(adapter, model, sites)

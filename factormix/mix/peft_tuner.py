@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 from factormix.ffn import FFNSite, isolate
 from factormix.mix.peft_enum import mixda_type
-from factormix.mix.sizes import Sizes, adapter_sizes, sites_of
-from factormix.nn import DomainFFN
+from factormix.mix.sizes import Sizes, adapter_sizes
+from factormix.nn import DomainFFN, sites_of
 from factormix.run.errors import FactorMixError, choose
 
 PREFIX = "mixda_"
@@ -97,8 +97,9 @@ class MixDAModel(BaseTuner):
     tuner_layer_cls = MixDALayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT's attribute; our sites come from the model
 
-    def _sites_of_base(self) -> list[FFNSite]:
-        """The sites, read before the first FFN is wrapped."""
+    @property
+    def sites(self) -> list[FFNSite]:
+        """All FFNs of the base, read before the first one is wrapped."""
         if "mixda_sites" not in self.__dict__:
             self.mixda_sites = sites_of(cast(PreTrainedModel, self.model))
         return self.mixda_sites
@@ -120,10 +121,10 @@ class MixDAModel(BaseTuner):
     def _sizes(self, config: MixDAConfig) -> Sizes:
         names = ("form", "reads", "layers", "width", "reduction", "budget")
         own = sum(p.numel() for n, p in self.model.named_parameters() if f".{PREFIX}" not in n)
-        return adapter_sizes(self._sites_of_base(), own, **{name: getattr(config, name) for name in names})
+        return adapter_sizes(self.sites, own, **{name: getattr(config, name) for name in names})
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        for site in self._sites_of_base():
+        for site in self.sites:
             if site.name in (peft_config.target_modules or ()):
                 isolate(model, site)
 
@@ -141,7 +142,7 @@ class MixDAModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        site = next(site for site in self._sites_of_base() if site.name == current_key)
+        site = next(site for site in self.sites if site.name == current_key)
         layer = target if isinstance(target, MixDALayer) else MixDALayer(target, site)
         sizes = self._sizes(peft_config)
         adapter = layer.fresh(sizes.specs[site.index])

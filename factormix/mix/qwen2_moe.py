@@ -21,9 +21,9 @@ from transformers import PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from factormix.ffn import FFNSite, FFNWeights, weights
 from factormix.mix.gate_files import GATE_WEIGHTS, check_domains, read_gate_config
+from factormix.mix.gated import OWN, own_rows
 from factormix.mix.merge import Merged, read_neurons
-from factormix.mix.sizes import sites_of
-from factormix.nn import FactorMixMixin
+from factormix.nn import FactorMixMixin, sites_of
 from factormix.run.errors import FactorMixError
 from factormix.run.tensors import read_tensors
 
@@ -44,7 +44,7 @@ def to_qwen2_moe(
     Args:
         model: the base, dense; stays as it is.
         adapters: the one adapter directory, by its domain's name.
-        gate: the folder of its gates.
+        gate: the folder of its gates, or "own".
 
     Raises:
         FactorMixError: what is no Qwen2-MoE block, with the reason; an adapter or gates of another model.
@@ -56,18 +56,11 @@ def to_qwen2_moe(
             f"a Qwen2-MoE block has one shared expert and so takes one domain; received {', '.join(adapters)}. Merge "
             "the others under fixed weights first, with `factormix merge` and no --gate."
         )
-    config = read_gate_config(gate)
-    check_domains(config, adapters, gate)
-    if config["kind"] != "sigmoid" or config["start"] != "on":
-        raise FactorMixError(
-            f"the gates in {str(gate)!r} are of kind {config['kind']!r}, start {config['start']!r}; a Qwen2-MoE block "
-            "has a sigmoid gate without bias. Allowed: 'sigmoid' that started 'on'."
-        )
     (folder,) = adapters.values()
+    rows = own_rows(folder) if str(gate) == OWN else _rows(adapters, gate)
     sites = sites_of(model)
     neurons = read_neurons(model, sites, folder, 2.0)  # 2 sigmoid(w.x) A(x) = sigmoid(w.x) (2 A(x))
     adapted = [site for site in sites if site.index in neurons]
-    rows = read_tensors(Path(gate) / GATE_WEIGHTS)
     wanted = {f"{site.index}.weight": (1, site.hidden) for site in adapted}
     if {name: tuple(row.shape) for name, row in rows.items()} != wanted:
         raise FactorMixError(f"the gates in {str(gate)!r} are not at the sites of {str(folder)!r}. Adapt again.")
@@ -86,6 +79,18 @@ def to_qwen2_moe(
         inner=adapted[0].inner, neurons=width * len(adapted), zero_neurons=0, parameters=added,
         bytes=added * model.dtype.itemsize, flops_per_token=2 * added,
     )  # fmt: skip
+
+
+def _rows(adapters: Mapping[str, str | Path], gate: str | Path) -> dict[str, Tensor]:
+    """The rows of a stage-2 gate, which must be over this domain and of a kind that the block has."""
+    config = read_gate_config(gate)
+    check_domains(config, adapters, gate)
+    if config["kind"] != "sigmoid" or config["start"] != "on":
+        raise FactorMixError(
+            f"the gates in {str(gate)!r} are of kind {config['kind']!r}, start {config['start']!r}; a Qwen2-MoE block "
+            "has a sigmoid gate without bias. Allowed: 'sigmoid' that started 'on'."
+        )
+    return read_tensors(Path(gate) / GATE_WEIGHTS)
 
 
 def why_not(model: PreTrainedModel) -> str:

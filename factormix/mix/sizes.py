@@ -6,11 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from transformers import PreTrainedModel
-
-from factormix.ffn import FFNSite, find_sites
-from factormix.nn import DomainAdapterSpec, FactorMixMixin, base_class
+from factormix.ffn import FFNSite
+from factormix.nn import DomainAdapterSpec
 from factormix.run.errors import FactorMixError
 
 ALIGN = (256, 32)  # I + r is kept a multiple of the first of these that leaves most of the width, for merging
@@ -65,14 +62,6 @@ class Sizes:
             "share": self.parameters / self.model_parameters,
             "flops_per_token": self.flops,
         }
-
-
-def sites_of(model: PreTrainedModel) -> list[FFNSite]:
-    """The FFNs of a dense or FactorMix model, front to back; a factored one has those of its dense form."""
-    if not isinstance(model, FactorMixMixin):
-        return find_sites(model)
-    with torch.device("meta"):
-        return find_sites(base_class(model)(model.config))
 
 
 def choose_sites(sites: Sequence[FFNSite], layers: str | Sequence[int]) -> tuple[FFNSite, ...]:

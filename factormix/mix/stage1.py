@@ -19,8 +19,8 @@ from factormix.mix.config import InjectConfig
 from factormix.mix.losses import InjectionLoss
 from factormix.mix.masked_head import MaskedHead, mask_token, needs_head
 from factormix.mix.peft_tuner import MixDAConfig, adapter_names, assert_trainable
-from factormix.mix.sizes import Sizes, adapter_sizes, sites_of
-from factormix.nn import base_class, vocabulary_head
+from factormix.mix.sizes import Sizes, adapter_sizes
+from factormix.nn import base_class, sites_of, vocabulary_head
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 from factormix.train import LoopConfig, train

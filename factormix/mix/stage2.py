@@ -26,10 +26,10 @@ from factormix.mix.examples import LabelledBatches, LanguageBatches, encode
 from factormix.mix.masked_head import mask_token
 from factormix.mix.mix_model import MixModel
 from factormix.mix.score import TaskLoss, score_examples, score_language
-from factormix.mix.sizes import sites_of
 from factormix.mix.stage1 import learns_by
 from factormix.mix.task import Task
 from factormix.mix.task_adapters import TaskAdapterSpec
+from factormix.nn import sites_of
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 from factormix.train import LoopConfig, bf16_pays, train

@@ -4,7 +4,7 @@ from factormix.nn.domain_adapter import DomainAdapter, DomainAdapterSpec
 from factormix.nn.domain_ffn import DomainFFN
 from factormix.nn.domain_gate import DomainGate
 from factormix.nn.layout import Layout
-from factormix.nn.model import FactorMixMixin, adopt, base_class, factormix_class, vocabulary_head
+from factormix.nn.model import FactorMixMixin, adopt, base_class, factormix_class, sites_of, vocabulary_head
 from factormix.nn.router import MLPRouter, NeuronRouter, Router
 from factormix.nn.sparse_ffn import RoutedExperts, SharedNeurons, SparseFFN, SparseSpec
 
@@ -25,5 +25,6 @@ __all__ = [
     "adopt",
     "base_class",
     "factormix_class",
+    "sites_of",
     "vocabulary_head",
 ]

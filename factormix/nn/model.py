@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -56,6 +57,14 @@ _CLASSES: dict[type[PreTrainedModel], type[PreTrainedModel]] = {}
 def base_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The family's own class of a FactorMix model (or of a dense one)."""
     return cast(type[PreTrainedModel], next(c for c in type(model).__mro__ if "FactorMix" not in c.__name__))
+
+
+def sites_of(model: PreTrainedModel) -> list[FFNSite]:
+    """The FFNs of a dense or FactorMix model, front to back; a factored one has those of its dense form."""
+    if not isinstance(model, FactorMixMixin):
+        return find_sites(model)
+    with torch.device("meta"):
+        return find_sites(base_class(model)(model.config))
 
 
 def vocabulary_head(model: PreTrainedModel) -> Literal["causal", "seq2seq", "masked"] | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from factormix.experts import native
+from factormix.experts import gpu, native
 
 RouterKind = Literal["linear", "mlp", "neuron"]
 
@@ -26,7 +26,8 @@ class Router(nn.Module):
 
     The scores are summed in float64 where the device has a fast enough one (CPU) and rounded to float32: a matrix
     product adds in another order when the batch has another size, and in float32 that alone flips near-ties. So equal
-    rows get equal scores, hence the same experts, in any batch. Of experts with equal scores the first is chosen.
+    rows get equal scores, hence the same experts, in any batch; of experts with equal scores the first is chosen. On a
+    GPU, a kernel of our own does the same in float32.
     """
 
     def __init__(self, hidden: int, routed: int, active: int) -> None:
@@ -36,6 +37,8 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (T, H) -> scores z (T, R) float32 and chosen experts (T, K) int64, best first."""
+        if type(self) is Router and gpu.routes(x):
+            return gpu.route(x, self.weight, self.active)
         if type(self) is Router and native.routes(x, self.weight):
             return native.route(x, self.weight, self.active)
         if x.device.type != "cpu":

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from factormix.experts import PackedExperts, native, run_experts
+from factormix.experts import PackedExperts, gpu, native, run_experts
 from factormix.nn.layout import Layout
 from factormix.nn.router import Router, RouterKind, make_router
 from factormix.run.errors import choose
@@ -196,7 +196,7 @@ class SparseFFN(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states (..., H) -> (..., H)."""
         x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        y = self._native(x)  # (T, H)
+        y = self._at_once(x)  # (T, H)
         if y is None:
             y = None if self.shared is None else self.shared(x)
             if self.experts is not None:
@@ -213,20 +213,26 @@ class SparseFFN(nn.Module):
         scores, chosen = self.router(x)  # (T, R), (T, K)
         return chosen, self.scale(scores, chosen)
 
-    def _native(self, x: Tensor) -> Tensor | None:
-        """All parts at once by the C++ operator; None where it does not serve, or where somebody has put something of
-        their own (an adapter, a quantised layer, a hook) in the place of a part."""
-        if not native.takes(x):
-            return None
-        kept = _KEPT.get(self)
-        if kept is not None and kept.plan.dtype is x.dtype and kept.stands(self):
-            return native.forward(kept.plan, x)
-        _KEPT.pop(self, None)
+    def _at_once(self, x: Tensor) -> Tensor | None:
+        """All parts at once by the C++ operator or a GPU's kernels; None where neither serves, or where somebody has
+        put something of their own (an adapter, a quantised layer, a hook) in the place of a part."""
+        on_cpu = native.takes(x)
+        if on_cpu:
+            kept = _KEPT.get(self)
+            if kept is not None and kept.plan.dtype is x.dtype and kept.stands(self):
+                return native.forward(kept.plan, x)
+            _KEPT.pop(self, None)
         if not (_untouched(self.shared) and _untouched(self.experts)):
             return None
         shared = None if self.shared is None else self.shared.packed()
         experts = None if self.experts is None else self.experts.packed()
-        if not native.serves(x, [part for part in (shared, experts) if part is not None]):
+        parts = [part for part in (shared, experts) if part is not None]
+        if not on_cpu:
+            if not gpu.serves(x, parts):
+                return None
+            chosen, scale = (None, None) if experts is None else self._routed(x)
+            return gpu.decode(x, chosen, scale, experts, shared)
+        if not native.serves(x, parts):
             return None
         if self.router is not None and not (_untouched(self.router) and native.routes(x, self.router.weight)):
             return native.decode(x, *self._routed(x), experts, shared)

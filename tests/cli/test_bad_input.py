@@ -209,6 +209,11 @@ def test_commands_that_lack_something(refused: Refused, sparse: Path, llama: Pat
     assert "'word'" in refused("eval", sparse, "--text", text, "--in-domain", "word", "--window", 32)
     assert "64" in refused("bench", sparse, "--prefill", 65)
     assert "'int8'" in refused("bench", sparse, "--dtype", "int8")
+    assert "Did you mean 'active-width'" in refused("bench", sparse, "--beside", "activewidth")
+    assert "--against" in refused("bench", sparse, "--no-prefill", "--beside", "active-width")
+    assert "no MODEL" in refused("bench")
+    assert "--layout S1A1E4" in refused("bench", sparse, "--layout", "S1A1E4")
+    assert "leave MODEL" in refused("bench", sparse, "--shape", "tinyllama")
     assert "1.5" in refused("inspect", llama, "--active", 1.5)
     assert "prompt" in refused("generate", sparse, " ")
     shutil.copyfile(text, "words.txt")
@@ -218,3 +223,11 @@ def test_commands_that_lack_something(refused: Refused, sparse: Path, llama: Pat
 def test_the_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FACTORMIX_TRACEBACK", "1")
     assert isinstance(CliRunner().invoke(app, ["inspect", "./none"]).exception, FactorMixError)
+
+
+def test_experts_that_cannot_be_kept(refused: Refused, sparse: Path, llama: Path, text: Path) -> None:
+    keep = ("--keep-experts-for", text, "-o", "out")
+    assert "is dense" in refused("factor", llama, *keep, "--layout", "S2A0E4")
+    assert "S1A0E4 to S3A0E4" in refused("factor", sparse, *keep)
+    assert "goes with keep_experts_for" in refused("factor", llama, "-o", "out", "--against", llama)
+    assert "leave text and task out" in refused("factor", sparse, *keep, "--layout", "S2A0E4", "--text", text)

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import factormix
 from factormix.cli.recipe import Recipe
+from factormix.evaluate.shapes import SHAPES
 from factormix.factor.config import FactorConfig
 from factormix.factor.factorize import factorize
 from factormix.run.directory import sha256
@@ -144,6 +145,22 @@ def test_bench(run: Run, sparse: Path, llama: Path, text: Path) -> None:
     assert result["settings"]["dtype"] == "float32" and result["settings"]["threads"] == 1
 
 
+def test_bench_of_a_shape_writes_a_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    monkeypatch.setitem(SHAPES, "tinyllama", small | {"num_attention_heads": 2, "num_key_value_heads": 2})
+    said = run(
+        "bench", "--shape", "tinyllama", "--layout", "S1A1E4", "--beside", "active-width", "--generate", 1,
+        "--no-prefill", "--repeats", 1, "--new-tokens", 2, "-o", "speed",
+    )  # fmt: skip
+    assert "active-width" in said and "prefill" not in said
+    runs = read("speed/bench.json")["runs"]
+    assert [(r["phase"], r["implementation"]) for r in runs] == [
+        (phase, name) for phase in ("decode", "generate") for name in ("dense", "factormix", "active-width")
+    ]
+    assert read("speed/bench.json")["settings"]["model"] == "tinyllama S1A1E4"
+    assert "FactorMix ÷ active-width" in Path("speed/bench.md").read_text()
+
+
 def test_inspect(run: Run, sparse: Path, llama: Path) -> None:
     said = run("inspect", llama, "--active", 0.3, "--json", "i.json")
     result = read("i.json")
@@ -257,3 +274,22 @@ def test_factor_for_a_task(run: Run, llama: Path, text: Path) -> None:
     run("factor", llama, "-o", "both", "--task", "task.jsonl", "--text", text, *CUT)
     assert sorted(read("both/run.json")["data"]) == ["task.jsonl", "words.txt"]
     assert Path("out/model.factormix.safetensors").read_bytes() != Path("both/model.factormix.safetensors").read_bytes()
+
+
+def test_keep_experts_for_a_task(run: Run, sparse: Path, llama: Path, text: Path) -> None:
+    keep = ("factor", sparse, "--keep-experts-for", text, *CUT[2:], "--layout", "S3A0E4", "-o", "out")
+    said = run(*keep, "--dry-run")
+    assert "S1A1E4 -> S3A0E4" in said and "the 2 of 3 experts" in said and not Path("out").exists()
+    run(*keep, "--against", llama)
+    made = read("out/run.json")
+    assert (
+        made["config"]["against"] == str(llama)
+        and made["config"]["keep_experts_for"] == str(text)
+        and list(made["data"]) == ["words.txt"]
+    )
+    assert made["metrics"]["active_fraction"] == 0.75
+    assert [len(site["kept"]) for site in read("out/config.json")["factormix"]["made_by"]["sites"]] == [2, 2]
+    run("eval", "out", "--against", sparse, "--text", text, "--window", 32, "--tokens", 512, "--json", "e.json")
+    assert read("e.json")["in_domain"] == ["words"]
+    Path("r.yaml").write_text(f"model: {sparse}\nkeep_experts_for: {text}\nlayout: S3A0E4\n", encoding="utf-8")
+    assert "the 2 of 3 experts" in run("validate", "r.yaml")

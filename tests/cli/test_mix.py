@@ -41,7 +41,7 @@ def test_inject_writes_pefts_directory_and_a_record(llama: Path, text: Path, run
     said = run(*words(llama, text, "adapter", "--json", "result.json"))
     assert "768 parameters" in said and "was not taught: factormix eval" in said and "--text FILE" in said
     names = {path.name for path in Path("adapter").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "run.json"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "gate", "run.json"}
     assert not Path("adapter.work").exists()
     result, record = (json.loads(Path(p).read_text()) for p in ("result.json", "adapter/run.json"))
     assert result["schema_version"] == 1 and result["tokens"] == record["tokens"] == 1024
@@ -52,6 +52,21 @@ def test_inject_writes_pefts_directory_and_a_record(llama: Path, text: Path, run
     assert config["peft_type"] == "MIXDA" and config["base_model_name_or_path"] == str(llama)
     base = AutoModelForCausalLM.from_pretrained(llama)
     assert set(PeftModel.from_pretrained(base, "adapter", adapter_name="pubmed").peft_config) == {"pubmed"}
+
+
+def test_an_adapters_own_gate_serves_every_command(llama: Path, text: Path, adapter: Path, run: Run) -> None:
+    common = ["--against", llama, "--text", text, "--window", "32", "--quiet"]
+    for name, more in (("open", []), ("own", ["--gate", "own"])):
+        run("eval", llama, "--adapter", adapter, *more, *common, "--json", f"{name}.json")
+    run("merge", llama, "--adapter", adapter, "--gate", "own", "--to", "qwen2_moe", "-o", "moe", "--quiet")
+    run("eval", "moe", *common, "--json", "moe.json")
+    found = {
+        name: json.loads(Path(f"{name}.json").read_text())["perplexity"]["words"] for name in ("open", "own", "moe")
+    }
+    assert found["own"]["model"] not in (found["open"]["model"], found["own"]["base"])
+    assert abs(found["own"]["model"] / found["moe"]["model"] - 1) < 1e-5
+    run(*words(llama, text, "bare", "--quiet", "--gate-tokens", "0"))
+    assert not Path("bare/gate").exists()
 
 
 def test_eval_generate_and_merge_agree(llama: Path, text: Path, adapter: Path, run: Run) -> None:
@@ -74,7 +89,7 @@ def test_a_gated_domain_becomes_a_qwen2_moe(llama: Path, text: Path, adapter: Pa
     run("adapt", llama, "--domains", adapter, "--task", text, "--dev", text, "-o", "mixed", *words)
     merge = ["merge", llama, "--adapter", adapter, "--gate", "mixed/gate", "-o", "moe"]
     assert "does not merge exactly" in refused(*merge)
-    assert "needs --gate DIR" in refused("merge", llama, "--adapter", adapter, "--to", "qwen2_moe", "-o", "moe")
+    assert "needs --gate" in refused("merge", llama, "--adapter", adapter, "--to", "qwen2_moe", "-o", "moe")
     assert "Did you mean 'qwen2_moe'" in refused(*merge, "--to", "qwen2-moe")
     assert "the gate decides the weight" in refused(*merge, "--to", "qwen2_moe", "--weight", "0.5")
     run(*merge, "--to", "qwen2_moe", "--quiet")
@@ -107,7 +122,7 @@ def test_an_encoder_without_a_head_is_given_one_first(tmp_path: Path, text: Path
     assert "first a masked-LM head on 512 general tokens" in said
     run(*words(model, text, "adapter", "--head-tokens", "512", "--json", "result.json"))
     names = {path.name for path in Path("adapter").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "masked_head.safetensors", "run.json"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "gate", "masked_head.safetensors", "run.json"}
     metrics = json.loads(Path("result.json").read_text())["metrics"]
     assert metrics["head"]["tokens"] == 512 and len(metrics["head"]["history"]) == 8
     PeftModel.from_pretrained(AutoModel.from_pretrained(model), "adapter", adapter_name="pubmed")

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from factormix.cli import app
+from factormix.cli.sweep import run_command
 from factormix.run.errors import FactorMixError
-
-sweep_module = pytest.importorskip("factormix.cli.sweep")
 
 
 @pytest.fixture
@@ -74,6 +74,63 @@ def test_a_cell_of_another_recipe_is_not_overwritten(
     Path("out/layout-S1A1E4_preset-default/cell.json").write_text(json.dumps({"recipe": {}, "eval": {}}))
     result = CliRunner().invoke(app, ["sweep", str(recipe), "-o", "out"])
     assert result.exit_code == 2 and "another recipe" in result.stderr and not ran
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Every command's words; nothing runs, but what a cell leaves is there."""
+    seen: list[list[str]] = []
+
+    def pretend(words: list[str]) -> None:
+        seen.append([str(word) for word in words])
+        if words[0] == "factor":
+            folder = Path(words[words.index("-o") + 1])
+            folder.mkdir()
+            metrics = {"active_fraction": 0.5, "parameters_per_token": 10}
+            made = {"metrics": metrics, "phases": [], "peak_memory_bytes": 1}
+            (folder / "run.json").write_text(json.dumps(made))
+        else:
+            means = dict.fromkeys(("in_domain", "foreign", "all"), 2.0)
+            scores = {"mean_ratio": means, "agreement": {}, "perplexity": {}, "retention": None}
+            Path(words[words.index("--json") + 1]).write_text(json.dumps(scores))
+
+    monkeypatch.setattr("factormix.cli.sweep.run_command", pretend)
+    return seen
+
+
+def test_nested_keys_are_set_cell_by_cell_and_the_flags_reach_both_commands(
+    run: Callable[..., str], pretended: list[list[str]]
+) -> None:
+    Path("g.yaml").write_text(
+        "model: m\nheal: {lr: 0.5}\nsweep: {heal.tokens: [0, 64]}\neval: {text: [a.txt, b.txt], last_word_tokens: 99}\n"
+    )
+    run("sweep", "g.yaml", "-o", "out", "--dtype", "bfloat16", "--device", "cpu", "--keep-models", "--quiet")
+    cells = sorted(Path("out").glob("*/"))
+    assert [cell.name for cell in cells] == ["heal.tokens-0", "heal.tokens-64"]
+    made = [yaml.safe_load((cell / "recipe.yaml").read_text()) for cell in cells]
+    assert [recipe["heal"] for recipe in made] == [{"lr": 0.5, "tokens": 0}, {"lr": 0.5, "tokens": 64}]
+    assert all((cell / "model").is_dir() for cell in cells)  # --keep-models
+    assert [words[0] for words in pretended] == ["factor", "eval"] * 2
+    for words in pretended:
+        assert words[-5:] == ["--device", "cpu", "--dtype", "bfloat16", "--quiet"]
+    factor, evaluate = pretended[:2]
+    assert factor[1:5] == ["--recipe", "out/heal.tokens-0/recipe.yaml", "-o", "out/heal.tokens-0/model"]
+    assert evaluate[1:6] == ["out/heal.tokens-0/model", "--against", "m", "--json", "out/heal.tokens-0/eval.json"]
+    assert evaluate[6:12] == ["--text", "a.txt", "--text", "b.txt", "--last-word-tokens", "99"]
+
+
+def test_other_flags_for_eval_are_another_sweep(run: Callable[..., str], pretended: list[list[str]]) -> None:
+    Path("g.yaml").write_text("model: m\nsweep: {seed: [0]}\neval: {tokens: 5}\n")
+    run("sweep", "g.yaml", "-o", "out", "--quiet")
+    Path("g.yaml").write_text("model: m\nsweep: {seed: [0]}\neval: {tokens: 6}\n")
+    result = CliRunner().invoke(app, ["sweep", "g.yaml", "-o", "out"])
+    assert result.exit_code == 2 and "another recipe" in result.stderr and len(pretended) == 2
+
+
+def test_a_command_runs_in_a_process_of_its_own_and_its_failure_is_said() -> None:
+    """One process, one import of torch: the refusal of a model that is not there."""
+    with pytest.raises(FactorMixError, match=r"inspect no/such/model` failed with exit code 2; .* go on"):
+        run_command(["inspect", "no/such/model"])
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,21 @@ def test_a_task_file_becomes_questions(tmp_path, monkeypatch):
     assert not {"data", "names"} & config.keys() and config["doc_to_choice"] == "choices"
 
 
+def test_a_task_file_says_how_classes_are_called(tmp_path, monkeypatch):
+    lines = [{"text": f"text {i}", "label": ("METHODS", "RESULTS")[i % 2]} for i in range(8)]
+    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    monkeypatch.setattr(choice, "fetch_named", lambda name, quiet: tmp_path / "s.jsonl")
+    monkeypatch.setattr(choice, "_dataset", lambda questions: questions)
+    asked = read_task("pubmed-sections")["custom_dataset"]()
+    assert {tuple(each["choices"]) for each in asked} == {("methods", "results")}
+
+
+def test_a_file_gives_as_many_questions_as_are_asked_for(questions, monkeypatch):
+    monkeypatch.setattr(choice, "_dataset", lambda questions: questions)
+    some, others = (read_task(questions, limit=5, seed=seed)["custom_dataset"]() for seed in (0, 1))
+    assert len(some) == 5 and all(each in QUESTIONS for each in some) and some != others
+
+
 def test_other_names_are_left_to_the_harness():
     assert read_task("hellaswag") is None
 

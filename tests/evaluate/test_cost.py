@@ -63,6 +63,11 @@ def test_more_tokens_leave_fewer_experts_idle(llama, sparse_llama):
     assert bytes_per_token(llama(), tokens=3) == bytes_per_token(llama())
 
 
+def test_sparse_ffns_alone_cost_what_they_cost_in_the_model(sparse_llama):
+    ffns = torch.nn.ModuleList(module for module in sparse_llama.modules() if hasattr(module, "active_parameters"))
+    assert bytes_per_token(ffns) == 4 * parameters_per_token(ffns) == 4 * sum(f.active_parameters() for f in ffns)
+
+
 def test_a_weight_of_two_modules_is_read_once(llama):
     tied = llama()
     tied.model.layers[1].mlp.up_proj.weight = tied.model.layers[0].mlp.up_proj.weight

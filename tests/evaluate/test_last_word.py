@@ -48,6 +48,33 @@ def test_right_is_what_greedy_decoding_writes(llama):
         said = model.generate(prompt, max_new_tokens=answer, do_sample=False, eos_token_id=None)[0]
         if spoil is not None:
             said[spoil] = (said[spoil] + 1) % VOCAB
+            for at in range(len(said) + spoil + 1, len(said)):  # what follows is the model's own: only one is wrong
+                said[at] = model(said[None, :at]).logits[0, -1].argmax()
         passages.append(Passage(tuple(said.tolist()), answer))
         expected.append(0.0 if spoil else 1.0)
     assert last_words(model, passages).tolist() == expected
+
+
+@torch.no_grad()
+def test_a_training_model_is_judged_in_eval_mode_and_trains_on(llama):
+    model = llama(attention_dropout=0.9)
+    ids = torch.randint(1, VOCAB, (20, 8), generator=torch.Generator().manual_seed(0))
+    said = model(ids).logits[:, -1].argmax(-1)  # (20,)
+    passages = [Passage((*row, word), 1) for row, word in zip(ids.tolist(), said.tolist())]
+    assert last_words(model.train(), passages).mean() == 1.0 and model.training
+
+
+def test_a_word_that_changes_the_tokens_before_it_is_left_out():
+    class Merging:
+        """One id a word, but "end" melts into the word before it and leaves a rest, and "gone" has no id of its own."""
+
+        bos_token_id = None
+
+        def __call__(self, text, add_special_tokens):
+            words = text.replace(" end", "+e nd").replace(" gone", "").split()
+            return {"input_ids": [hash(word) for word in words]}
+
+    texts = [" ".join(["go"] * 60) + f" {word}." for word in ("end", "home", "gone", "away", "end")]
+    made = cut_passages(texts, Merging(), tokens=10_000)
+    assert {each.ids[-1] for each in made} == {hash("home"), hash("away")}
+    assert all(each.answer == 1 and len(each.ids) == 61 for each in made)

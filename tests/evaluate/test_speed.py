@@ -5,10 +5,13 @@ import torch
 from transformers import BertConfig, BertModel
 
 from factormix.evaluate import speed
+from factormix.evaluate.companions import COMPANIONS
 from factormix.evaluate.cost import bytes_per_token, flops_per_token, weight_bytes
+from factormix.evaluate.shapes import random_llamas
 from factormix.evaluate.speed import bench
+from factormix.nn import Layout
 from factormix.run.errors import FactorMixError
-from tests.evaluate.tiny import LAYERS, VOCAB
+from tests.evaluate.tiny import HIDDEN, LAYERS, VOCAB
 
 QUICK = {"prompt_tokens": 4, "new_tokens": 3, "repeats": 3, "prefill_tokens": (8,)}
 
@@ -21,10 +24,10 @@ def test_json_keys_are_exact(llama, sparse_llama):
         assert set(entry) == {"base", "model", "ratio"}
         assert all(value > 0 for value in entry.values())
         assert entry["ratio"] == pytest.approx(entry["model"] / entry["base"])
-    promised = {"phase", "size", "dtype", "threads", "implementation", "tokens_per_s", "ratio", "limit", "peak_bytes"}
+    promised = {"phase", "size", "dtype", "threads", "implementation", "tokens_per_s", "ratio", "limit", "cost"}
     assert [run["implementation"] for run in made["runs"]] == ["dense", "factormix"] * 2
     for run in made["runs"]:
-        assert set(run) == promised | {"tokens_per_s_iqr"}
+        assert set(run) == promised | {"tokens_per_s_iqr", "peak_bytes"}
         low, high = run["tokens_per_s_iqr"]
         assert 0 < low <= run["tokens_per_s"] <= high
     assert made["runs"][0]["ratio"] == made["runs"][0]["limit"] == 1.0
@@ -94,12 +97,16 @@ def test_both_do_the_same_work_when_one_cannot_keep_the_last_logits(llama):
 
 def test_limits_are_the_ratio_of_costs(llama, sparse_llama):
     base = llama()
-    made = bench(sparse_llama, base, decode_batches=(1, 4), **QUICK)
-    limits = {(run.phase, run.size): run.limit for run in made.runs if run.implementation == "factormix"}
+    made = bench(sparse_llama, base, generate_batches=(1,), **QUICK).runs  # the prompt's four tokens choose differently
+    for layer in sparse_llama.model.layers:
+        torch.nn.init.zeros_(layer.mlp.router.weight)  # now every row chooses alike: one of four experts is read
+    made += bench(sparse_llama, base, decode_batches=(4,), **QUICK).runs
+    limits = {(run.phase, run.size): run.limit for run in made if run.implementation == "factormix"}
     for batch in (1, 4):
-        expected = bytes_per_token(base, batch) / bytes_per_token(sparse_llama, batch)
+        cache = batch * (4 + 7) / 2 * LAYERS * 2 * HIDDEN * 4  # keys and values in float32, on average over the steps
+        expected = (bytes_per_token(base) + cache) / (bytes_per_token(sparse_llama) + cache)
         assert limits["decode", batch] == pytest.approx(expected)
-    assert limits["decode", 1] > limits["decode", 4] > 1
+    assert limits["generate", 1] is None
     saved = flops_per_token(base) - flops_per_token(sparse_llama)
     head = flops_per_token(base) - flops_per_token(base, head=False)
     dense = 8 * flops_per_token(base, context=4, head=False) + head
@@ -117,6 +124,30 @@ def test_dtypes_cast_a_copy_and_keep_the_model(llama):
     cast = speed._as(model, torch.bfloat16, None)
     assert cast.lm_head.weight is cast.model.embed_tokens.weight
     assert weight_bytes(cast) < 0.6 * weight_bytes(model)
+
+
+def test_companions_take_turns_in_every_dtype_and_stay_off_the_front(llama, sparse_llama):
+    dense, sparse = random_llamas(llama(intermediate_size=64).config, Layout(4, 1, 8), torch.float32, 0)
+    made = bench(sparse, dense, beside=COMPANIONS, dtypes=("float32", "bfloat16"), **QUICK).to_dict()
+    names = ["dense", "factormix", *COMPANIONS]
+    assert [run["implementation"] for run in made["runs"]] == names * 4
+    assert all(run["tokens_per_s"] > 0 and run["ratio"] > 0 and run["limit"] > 0 for run in made["runs"])
+    assert made["decode"]["1"]["model"] == made["runs"][1]["tokens_per_s"]
+    by_name = {run["implementation"]: run["cost"] for run in made["runs"][:5]}
+    assert by_name["transformers-eager"] == by_name["transformers-grouped_mm"] == by_name["factormix"]
+    assert by_name["active-width"] < by_name["factormix"] < by_name["dense"]  # the router's bytes lie between
+
+
+def test_generate_is_the_models_own(llama):
+    model, seen = llama(), []
+    model.generation_config.eos_token_id = list(range(1, VOCAB))  # whatever it says ends a text, but not the timing
+    own = model.generate
+    model.generate = lambda *args, **kwargs: seen.append(own(*args, **kwargs)) or seen[-1]
+    text = torch.arange(5, 9)
+    made = bench(model, None, decode_batches=(), generate_batches=(2,), text=text, **QUICK | {"prefill_tokens": ()})
+    assert [tuple(ids.shape) for ids in seen] == [(2, 4 + 3)] * 4
+    assert [(run.phase, run.size) for run in made.runs] == [("generate", 2)]
+    assert made.to_dict()["decode"] == {}
 
 
 def test_a_given_conversion_is_used(llama):
@@ -150,6 +181,8 @@ def test_encoders_prefill_but_do_not_decode():
         ({"threads": (0,)}, "threads received 0"),
         ({"repeats": 0}, "repeats received 0"),
         ({"decode_batches": (-1,)}, "decode size received -1"),
+        ({"beside": ("active-with",)}, "Did you mean 'active-width'"),
+        ({"beside": ("active-width",)}, "no sparse FFN"),
         ({"decode_batches": (), "prefill_tokens": ()}, "nothing to time"),
     ],
 )

@@ -5,8 +5,10 @@ import math
 import pytest
 import torch
 
+from factormix.evaluate.choice import Answers
 from factormix.evaluate.last_word import Passage
 from factormix.evaluate.perplexity import TextScore
+from factormix.evaluate.retention import TaskScore, pooled_retention
 from factormix.evaluate.suite import Evaluation, answer_for, evaluate, evaluate_for
 from factormix.run.errors import FactorMixError
 
@@ -66,6 +68,48 @@ def test_answers_of_several_models_beside_the_base(llama, windows):
     other = both["other"].to_dict()
     assert other["retention"]["all"]["retention"] == pytest.approx(other["tasks"]["last-word prose"]["model"])
     assert other["tasks"]["last-word prose"]["model"] < 0.9
+
+
+def test_choices_keep_their_chance_and_each_model_its_own_answers(llama, monkeypatch):
+    right = {"model": [1.0, 0.0], "other": [0.0, 0.0], "dense base": [1.0, 1.0]}
+    asked = []
+
+    def pretend(models, tokenizer, tasks, limit, seed, quiet):
+        asked.append((list(models), tasks, limit, seed))
+        return {who: {name: Answers(torch.tensor(right[who]), 0.2) for name in tasks} for who in models}
+
+    monkeypatch.setattr("factormix.evaluate.suite.answer_tasks", pretend)
+    found = answer_for({"model": llama(1), "other": llama(2)}, llama(0), {}, ["fever"], object(), limit=7, seed=3)
+    assert asked == [(["model", "other", "dense base"], ["fever"], 7, 3)]
+    for who in ("model", "other"):
+        task = found[who]["fever"]
+        assert (task.kind, task.chance) == ("choice", 0.2)
+        assert task.model.tolist() == right[who] and task.base.tolist() == right["dense base"]
+    alone = answer_for({"model": llama(1)}, None, {}, ["fever"], object())
+    assert alone["model"]["fever"].base is None
+
+
+def test_each_kind_of_task_is_pooled_apart_with_the_seed_given(llama, windows):
+    answers = torch.tensor([1.0] * 30 + [0.0] * 10)
+    tasks = {
+        "fever": TaskScore("choice", 0.1, answers, torch.ones(40)),
+        "last-word a": TaskScore("last-word", 0.0, answers.flip(0), answers),
+    }
+    found = evaluate_for({"m": llama()}, llama(0), {"brown": windows()}, seed=5, tasks={"m": tasks})["m"]
+    kept = found.to_dict()["retention"]
+    for key, names in (("all", ["fever", "last-word a"]), ("choice", ["fever"]), ("last_word", ["last-word a"])):
+        assert kept[key] == pooled_retention({name: tasks[name] for name in names}, 5).to_dict()
+        assert kept[key]["tasks"] == names
+    assert kept["all"]["interval"] != pooled_retention(tasks, 0).to_dict()["interval"]
+
+
+def test_a_mean_of_texts_that_were_not_all_compared_is_none():
+    texts = {
+        "a": TextScore(tokens=10, windows=1, model=2.0, base=1.0, ratio=2.0),
+        "b": TextScore(tokens=10, windows=1, model=2.0),
+    }
+    means = Evaluation(texts, in_domain=("a",)).to_dict()["mean_ratio"]
+    assert means == {"all": None, "in_domain": 2.0, "foreign": None}
 
 
 def test_unknown_or_missing_texts_are_errors(llama, windows):

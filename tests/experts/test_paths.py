@@ -184,6 +184,7 @@ def test_flops_of_grouped_are_those_of_the_chosen_pairs(case: tuple) -> None:
 @pytest.mark.parametrize("count, used", [(1, "tokenwise"), (4, "tokenwise"), (5, "grouped")])
 def test_dispatch_by_tokens(count: int, used: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
+    monkeypatch.setattr(dispatch.native, "library", lambda: None)
     for name in ("tokenwise", "grouped"):
         own = PATHS[name]
         monkeypatch.setattr(dispatch, name, lambda *a, _own=own, _name=name: (calls.append(_name), _own(*a))[1])
@@ -194,6 +195,18 @@ def test_dispatch_by_tokens(count: int, used: str, monkeypatch: pytest.MonkeyPat
     with torch.enable_grad():
         run_experts(*tokens(count, 6, 4, 2, False), experts)
     assert calls == [used, "grouped"]
+
+
+@pytest.mark.skipif(native.library() is None, reason="no C++ compiler here")
+def test_dispatch_decodes_by_the_cpp_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    own = native.decode
+    monkeypatch.setattr(native, "decode", lambda *a: (calls.append(len(a[0])), own(*a))[1])
+    experts = packed(4, 5, 6, gated=True, biased=False)
+    for count in (1, 4, 5):
+        with torch.no_grad():
+            run_experts(*tokens(count, 6, 4, 2, False), experts)
+    assert calls == [1, 4, 5]
 
 
 @pytest.mark.parametrize("count", [1, 3, 9])

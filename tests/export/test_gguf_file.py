@@ -80,6 +80,14 @@ def test_granite_tensors_and_metadata(quantization: str, error: float, tmp_path:
     assert len(field("tokenizer.ggml.tokens")) == VOCAB  # type: ignore[arg-type]
 
 
+def test_m_is_chosen_by_how_llama_cpp_scores(tmp_path: Path) -> None:
+    model = factored("llama")
+    stock = exported(model, tmp_path / "out").gates
+    read_by_llama_cpp = exported(model, tmp_path / "gguf", to="gguf", tokenizer=bytes_tokenizer()).gates
+    assert stock.m == max(stock.flips) and not any(stock.flips.values())  # Granite chooses first: no ties
+    assert any(read_by_llama_cpp.flips.values())
+
+
 def test_plain_transformers_reads_a_file_to_the_same_logits(tmp_path: Path) -> None:
     """transformers knows llama.cpp's qwen3moe, all but its width of an expert."""
     model = factored("qwen3", "S0A2E4")
@@ -98,10 +106,43 @@ def test_rope_factors_are_what_transformers_divides_by() -> None:
     assert torch.allclose(rope_factors(model.config), divided, rtol=1e-4)
 
 
+def test_the_first_container_is_left_where_llama_cpp_reads_only_the_next_one_right() -> None:
+    needs = read_needs(factored("llama", "S0A2E4", head_dim=12))
+    assert choose_gguf(needs, approximate=False).container.name == "mixtral"
+    needs = read_needs(factored("llama", "S1A2E4", head_dim=12))
+    assert choose_gguf(needs, approximate=False).container.name == "glm4_moe"
+    assert choose_gguf(read_needs(factored("llama", "S0A2E4")), approximate=False).container.name == "granite"
+
+
+def test_qwen2moe_has_a_gate_that_is_a_half_an_output_of_its_own_and_biases(tmp_path: Path) -> None:
+    model = factored("qwen2", tie_word_embeddings=True)
+    result = exported(model, tmp_path / "out", to="gguf", tokenizer=bytes_tokenizer())
+    tensors, _ = read(tmp_path / "out" / result.gguf[0])
+    gate = torch.tensor(tensors["blk.0.ffn_gate_inp_shexp.weight"])
+    v = torch.randn(1000, len(gate)) @ gate
+    assert v.all()  # llama.cpp divides by it
+    assert torch.allclose(v.sigmoid(), torch.full_like(v, 0.5), atol=1e-7)
+    own = model.sparse_ffns()[0].shared.down_proj.weight.detach()
+    assert difference(torch.tensor(tensors["blk.0.ffn_down_shexp.weight"])[:, : own.shape[1]], 2 * own) < 1e-3
+    assert np.array_equal(tensors["output.weight"], tensors["token_embd.weight"])
+    assert np.array_equal(tensors["blk.1.attn_q.bias"], model.model.layers[1].self_attn.q_proj.bias.detach())
+
+
+def test_glm4moe_weighs_by_a_sigmoid_times_k(tmp_path: Path) -> None:
+    model = factored("qwen3", "S1A2E4")
+    result = exported(model, tmp_path / "out", to="gguf", tokenizer=bytes_tokenizer())
+    tensors, reader = read(tmp_path / "out" / result.gguf[0])
+    fields = {name.removeprefix("glm4moe."): field.contents() for name, field in reader.fields.items()}
+    assert fields["expert_gating_func"] == gguf.ExpertGatingFuncType.SIGMOID
+    assert fields["expert_weights_norm"] and fields["expert_weights_scale"] == 2.0
+    assert fields["expert_shared_count"] == 1 and fields["expert_count"] == 3
+    assert not tensors["blk.0.exp_probs_b.bias"].any() and "blk.0.post_attention_norm.weight" in tensors
+
+
 @pytest.mark.parametrize(
     ("family", "layout", "config", "says"),
     [
-        ("llama", "S1A2E4", {"head_dim": 12}, "heads of 8, not of 12"),
+        ("llama", "S1A2E4", {"head_dim": 12, "rope_parameters": LLAMA3}, "heads of 8, not of 12"),
         ("llama", "S1A2E4", {"attention_bias": True}, "attention biases"),
         ("mistral", "S0A2E4", {"sliding_window": 8}, "sliding window"),
         ("qwen3", "S0A2E4", {"rope_parameters": LLAMA3}, "drop the rope scaling 'llama3'"),

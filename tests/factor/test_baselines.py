@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
+from factormix.factor import routers
 from factormix.factor.activations import ActivationStats
 from factormix.factor.assemble import assemble
 from factormix.factor.partition.cmoe import activation_marks, cmoe, distance
-from factormix.factor.partition.moefication import moefication
+from factormix.factor.partition.moefication import input_rows, moefication
 from factormix.factor.routers import expert_activity, fit_mlp_router
 from factormix.ffn import FFNWeights
 from factormix.nn import Layout, MLPRouter, NeuronRouter, SparseFFN, SparseSpec
@@ -67,6 +70,14 @@ def test_moefication_puts_near_input_rows_into_one_expert_whatever_their_length(
     }
 
 
+def test_moefication_clusters_joined_rows_each_at_unit_length() -> None:
+    parts = weights()
+    parts.up *= 100.0
+    for j, row in enumerate(input_rows(stats_of(parts, draw(4, HIDDEN)))):
+        by_hand = torch.cat([parts.gate[j] / parts.gate[j].norm(), parts.up[j] / parts.up[j].norm()])
+        assert torch.allclose(row, by_hand, atol=1e-6)
+
+
 def test_moefication_activity_is_the_sum_of_positive_activations() -> None:
     parts = weights(gated=False)
     stats = stats_of(parts, draw(4, HIDDEN), torch.relu)
@@ -77,6 +88,26 @@ def test_moefication_activity_is_the_sum_of_positive_activations() -> None:
         for i in range(4):
             by_hand = sum(max(0.0, float(x[t] @ parts.up[j])) for j in assignment.experts[i].tolist())
             assert float(expert_activity(ffn, x)[t, i]) == pytest.approx(by_hand, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_moefication_router_starts_at_mean_input_rows_and_learns_activity(
+    gated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, layout = weights(gated), Layout(0, 1, 4)
+    (parts.up if parts.gate is None else parts.gate).mul_(torch.logspace(-1, 1, INNER)[:, None])
+    assignment = moefication(stats_of(parts, draw(4, HIDDEN)), layout, generator())
+    ffn = assemble(spec(layout, "mlp", gated), parts, assignment)
+    monkeypatch.setattr(routers, "EPOCHS", 0)
+    x = draw(7, HIDDEN, seed=9)
+    fit_mlp_router(ffn, x, generator())
+    rows = parts.up if parts.gate is None else parts.gate
+    for i, expert in enumerate(assignment.experts):
+        assert torch.allclose(ffn.router.weight[i], normalize(rows[expert], dim=1).mean(0), atol=1e-5)
+        neurons = parts.neurons(x, silu)[:, expert]  # (T, W)
+        size = neurons.abs() if gated else neurons.clamp_min(0)
+        assert torch.allclose(expert_activity(ffn, x)[:, i], size.sum(1), rtol=1e-4)
+    assert torch.equal(ffn.router.second, torch.eye(4))
 
 
 def test_moefication_router_is_two_layers_on_normalised_inputs_and_finds_the_most_active_experts() -> None:
@@ -126,6 +157,25 @@ def test_cmoe_shares_the_neurons_of_highest_rate_and_its_representatives_are_in_
         centre = marks[:, expert].mean(1)
         away = [(centre - marks[:, j]).abs().sum() for j in expert]
         assert (centre - marks[:, chosen]).abs().sum() == pytest.approx(float(min(away)), rel=1e-5)
+
+
+def test_cmoe_puts_neurons_of_one_pattern_into_one_expert(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of 4 kinds; 8 neurons fire for each kind, and the 16 others always."""
+    kinds, neurons = torch.arange(400) % 4, torch.arange(32) % 4
+    chance = torch.where(kinds[:, None] == neurons, 0.6, 0.02)
+    marks = torch.cat([torch.bernoulli(chance, generator=generator(1)), torch.ones(400, 16)], dim=1)  # (n, I)
+    for kind in range(4):
+        marks[kinds == kind, kind] = 1.0  # fires oftenest of its kind: a first centre
+    module = importlib.import_module("factormix.factor.partition.cmoe")  # the package's `cmoe` is the function
+    centres: list[Tensor] = []
+    monkeypatch.setattr(module, "activation_marks", lambda stats: marks)
+    monkeypatch.setattr(module, "distance", lambda c, a: centres.append(c) or distance(c, a))
+    found = cmoe(stats_of(weights(), draw(4, HIDDEN)), Layout(2, 1, 6), generator())
+    assert found.shared.tolist() == list(range(32, 48))
+    assert {frozenset(expert) for expert in found.experts.tolist()} == {
+        frozenset(range(kind, 32, 4)) for kind in range(4)
+    }
+    assert {tuple(c.tolist()) for c in centres[0].T} == {tuple(marks[:, kind].tolist()) for kind in range(4)}
 
 
 def test_cmoe_assignment_is_near_the_exact_one() -> None:

@@ -98,7 +98,7 @@ def test_on_exit_replaced_sites_are_new_and_the_others_old(family: str) -> None:
     new = Other(0)
     with Lockstep(model, sites, windows(model)) as steps:
         steps.inputs(sites[0])
-        assert steps.dense(sites[0]) is old[0]
+        assert steps.old(sites[0]) is old[0]
         steps.replace(sites[0], new)
     assert [get(model, site) for site in sites] == [new, *old[1:]]
 

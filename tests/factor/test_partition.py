@@ -185,10 +185,23 @@ def test_wanda_keeps_the_energy_and_flap_the_fluctuation() -> None:
     """Means 3, 1, 0.2; variances 0, 1, 0; squared norms of the output weights 1, 1, 2."""
     stats, layout = static_stats(), Layout(1, 0, 3)
     assert PARTITIONS["wanda"](stats, layout, generator()).shared.tolist() == [0]  # 9 against 2 and 0.08
+    stats.weights.down[2] *= 20.0  # and now 0.04 times 800: the output weights decide
+    assert PARTITIONS["wanda"](stats, layout, generator()).shared.tolist() == [2]
+    stats.weights.down[2] /= 20.0
     found = PARTITIONS["flap"](stats, layout, generator())
     assert found.shared.tolist() == [1] and found.dropped.tolist() == [0, 2]
     assert found.compensation is not None
     assert torch.allclose(found.compensation, torch.tensor([3 * 1 + 0.2 * 1, 0.2 * 1]))
+
+
+def test_flap_weighs_the_fluctuation_by_the_output_weights() -> None:
+    parts, tokens = random_weights(48, 6, gated=True), torch.randn(300, 6, generator=generator())
+    parts.down *= torch.logspace(-1, 1, 48)[:, None]
+    neurons = parts.neurons(tokens, torch.nn.functional.silu)  # (T, I)
+    score = neurons.var(0, correction=0) * parts.down.square().sum(1)
+    found = PARTITIONS["flap"](stats_of(parts, tokens), Layout(2, 0, 6), generator())
+    assert set(found.shared.tolist()) == set(score.topk(16).indices.tolist())
+    assert set(found.shared.tolist()) != set(neurons.var(0).topk(16).indices.tolist())
 
 
 def test_the_rounds_capture_more_than_the_clusters_they_start_from(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,7 +59,8 @@ def test_old_knowledge_is_0_at_the_start_and_above_0_after_a_knowledge_step(
     loss = loss_of(model, old_knowledge=old)
     trained = [p for n, p in wrapped.named_parameters() if n in adapter_names(wrapped, "pubmed")]
     parts = loss(wrapped, batch())
-    assert float(parts["old"].detach()) == 0.0 and all(module.training for module in wrapped.modules())
+    rounding = 1e-6 if sparse else 0.0  # without gradients a factored base runs on another operator
+    assert abs(float(parts["old"].detach())) <= rounding and all(module.training for module in wrapped.modules())
     optimiser = torch.optim.SGD(trained, lr=1.0)
     parts["knowledge"].backward()
     optimiser.step()

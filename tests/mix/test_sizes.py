@@ -9,8 +9,9 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 from factormix import FactorMixError
 from factormix.ffn import FFNSite, find_sites
 from factormix.mix.config import InjectConfig
-from factormix.mix.sizes import Sizes, adapter_sizes, choose_sites, sites_of
+from factormix.mix.sizes import Sizes, adapter_sizes, choose_sites
 from factormix.mix.stage1 import learns_by, plan
+from factormix.nn import sites_of
 from tests.families import tiny_model
 from tests.nn.sparse import sparsify
 
