@@ -18,14 +18,16 @@ def run_experts(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: Packed
     """Weighted sum of each token's chosen experts; only these run.
 
     Args:
-        x: (T, H) in the experts' dtype.
+        x: (T, H) in the experts' dtype; under autocast in any.
         chosen: (T, K) int64, distinct in a row.
         scale: (T, K) or None for 1.
         experts: the packed weights.
 
     Returns:
-        (T, H).
+        (T, H) in x's dtype; under autocast in autocast's.
     """
+    if torch.is_autocast_enabled(x.device.type):  # the addition into x's dtype must not meet a mix of dtypes
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     if torch.compiler.is_compiling() and not torch.is_grad_enabled():
         return _compiled(x, chosen, scale, experts.up, experts.down, experts.up_bias, experts.activation, experts.gated)
     return _eager(x, chosen, scale, experts)

@@ -29,9 +29,8 @@ def serves(x: Tensor, parts: Sequence[PackedExperts]) -> bool:
     return (
         _ready(x)
         and 0 < len(x) <= TOKENS
-        and all(part.activation in native.ACTIVATIONS for part in parts)
+        and all(part.activation in native.ACTIVATIONS and part.lie_ready(x) for part in parts)
         and len({(part.activation, part.gated, part.up_bias is None) for part in parts}) == 1
-        and all(_lies_ready(weight, x) for part in parts for weight in (part.up, part.down, part.up_bias))
     )
 
 
@@ -158,12 +157,6 @@ def _ready(x: Tensor) -> bool:
         and x.dtype in DTYPES
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(DEVICE)
-    )
-
-
-def _lies_ready(weight: Tensor | tuple[Tensor, ...] | None, x: Tensor) -> bool:
-    return weight is None or (
-        isinstance(weight, Tensor) and weight.device == x.device and weight.dtype == x.dtype and weight.is_contiguous()
     )
 
 

@@ -63,7 +63,7 @@ def takes(x: Tensor) -> bool:
 
 def serves(x: Tensor, parts: Sequence[PackedExperts]) -> bool:
     """Whether `decode` and `forward` compute these parts of x."""
-    return takes(x) and all(_lies_ready(part, x.dtype) for part in parts)
+    return takes(x) and all(part.activation in ACTIVATIONS and part.lie_ready(x) for part in parts)
 
 
 def routes(x: Tensor, router: Tensor) -> bool:
@@ -239,14 +239,6 @@ def _built(compiler: str) -> Path:
             command = [compiler, *FLAGS, str(SOURCES[0]), "-o", str(out)]
             subprocess.run(command, capture_output=True, text=True, check=True)
     return file
-
-
-def _lies_ready(part: PackedExperts, dtype: torch.dtype) -> bool:
-    return part.activation in ACTIVATIONS and all(
-        weight is None
-        or (isinstance(weight, Tensor) and weight.dtype is dtype and weight.is_cpu and weight.is_contiguous())
-        for weight in (part.up, part.down, part.up_bias)
-    )
 
 
 def _pointers(parts: PackedExperts) -> tuple[int | None, int | None, int | None]:

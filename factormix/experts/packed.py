@@ -37,6 +37,19 @@ class PackedExperts:
         """The activation function, (..., W) -> (..., W)."""
         return activation(self.activation)
 
+    def lie_ready(self, x: Tensor) -> bool:
+        """Whether a kernel can take the weights where they lie: plain tensors of x's device and dtype, contiguous."""
+        return all(
+            weight is None
+            or (
+                isinstance(weight, Tensor)
+                and weight.dtype is x.dtype
+                and weight.device == x.device
+                and weight.is_contiguous()
+            )
+            for weight in (self.up, self.down, self.up_bias)
+        )
+
     def unstacked(self, dtype: torch.dtype) -> PackedExperts:
         """The same as R matrices, for training: each index into a stack has a backward as large as the stack."""
         assert isinstance(self.up, Tensor) and isinstance(self.down, Tensor)

@@ -9,7 +9,6 @@ this file puts `experts_forward` there. `from_pretrained(..., experts_implementa
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 from transformers.integrations import moe
@@ -38,11 +37,7 @@ def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tenso
         FactorMixError: experts of another form (transposed or interleaved weights, output biases, a gate of the model's
             own, a norm behind each expert, weights that are quantised or spread over devices).
     """
-    experts = _packed(module)
-    x = hidden_states
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return run_experts(x, top_k_index, top_k_weights, experts).to(hidden_states.dtype)
+    return run_experts(hidden_states, top_k_index, top_k_weights, _packed(module)).to(hidden_states.dtype)
 
 
 def _packed(module: nn.Module) -> PackedExperts:

@@ -29,7 +29,7 @@ from factormix.factor.fit import CHUNK, FLOOR, SiteReport, fit_site
 from factormix.factor.heal import heal
 from factormix.factor.lockstep import Lockstep
 from factormix.ffn import FFNSite, isolate, shared_copy
-from factormix.nn import FactorMixMixin, Layout, SparseFFN, SparseSpec, adopt, sites_of
+from factormix.nn import FactorMixMixin, SparseFFN, SparseSpec, adopt, sites_of
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 
@@ -77,7 +77,9 @@ def keep_experts(
         )
     sparse = model.sparse_ffns()
     check_keep(config, {index: ffn.spec for index, ffn in sparse.items()})
-    sites = {site: _static(sparse[site.index].spec, config.cut) for site in sites_of(model) if site.index in sparse}
+    sites = {
+        site: _static(sparse[site.index].spec, config.cut.shared) for site in sites_of(model) if site.index in sparse
+    }
     packed = packed_text(task, model, tokenizer, config.window, config.tokens, config.seed)
     started = time.perf_counter()
     student = shared_copy(model).eval()
@@ -136,8 +138,8 @@ def check_keep(config: FactorConfig, specs: Mapping[int, SparseSpec]) -> None:
             )
 
 
-def _static(spec: SparseSpec, cut: Layout) -> SparseSpec:
-    return replace(spec, shared=cut.shared, active=0, router="linear")
+def _static(spec: SparseSpec, shared: int) -> SparseSpec:
+    return replace(spec, shared=shared, active=0, router="linear")
 
 
 def _kept(
@@ -190,7 +192,7 @@ def most_useful(ffn: SparseFFN, x: Tensor, target: Tensor, count: int) -> list[i
 @torch.no_grad()
 def static_ffn(ffn: SparseFFN, kept: Sequence[int]) -> SparseFFN:
     """A SparseFFN without a router: the shared neurons of `ffn` and, always on, its experts `kept`."""
-    spec = replace(ffn.spec, shared=ffn.spec.shared + len(kept), active=0, router="linear")
+    spec = _static(ffn.spec, ffn.spec.shared + len(kept))
     with torch.device("meta"):
         static = SparseFFN(spec)
     like = next(ffn.parameters())

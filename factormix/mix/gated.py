@@ -52,7 +52,7 @@ def open_adapters(
     sites = sites_of(model)
     if str(gate) == OWN:
         load_adapters(model, folders)
-        gates = put_gates(model, sites, list(folders), "sigmoid", OWN)
+        gates = put_gates(model, sites, list(folders), "sigmoid", "on")
         fill_own_gates(gates, folders)
     else:
         config = read_gate_config(gate)
@@ -74,14 +74,14 @@ def put_gates(
         model: with adapters.
         sites: its FFNs, found before the adapters stood beside them.
         domains: in the order of the weights.
-        kind, start: see `DomainGate`; start "own" is "on", to be filled by `fill_own_gates`.
+        kind, start: see `DomainGate`.
     """
     gates = {}
     for site in sites:
         layer = domain_layer(model, site)
         if layer is not None:
             here = [domain for domain in domains if domain in layer.mixda_adapters]
-            gate = DomainGate(site.hidden, here, cast(Any, kind), cast(Any, "on" if start == OWN else start))
+            gate = DomainGate(site.hidden, here, cast(Any, kind), cast(Any, start))
             layer.set_gate(gate.to(next(layer.base_layer.parameters()).device))
             gates[site.index] = gate
     return gates

@@ -92,7 +92,7 @@ class MixModel(nn.Module):
             self.hf_device_map = model.hf_device_map
         peft = load_adapters(model, domains) if domains else None
         self.__dict__["peft"] = peft  # not registered: it holds the same model
-        gates = put_gates(model, sites, self.domains, gate, start)
+        gates = put_gates(model, sites, self.domains, gate, "on" if start == OWN else start)
         if start == OWN:
             fill_own_gates(gates, domains)
         layers = {site.index: domain_layer(model, site) for site in sites}

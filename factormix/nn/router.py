@@ -37,16 +37,14 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (T, H) -> scores z (T, R) float32 and chosen experts (T, K) int64, best first."""
-        if type(self) is Router and gpu.routes(x):
-            return gpu.route(x, self.weight, self.active)
-        if type(self) is Router and native.routes(x, self.weight):
-            return native.route(x, self.weight, self.active)
-        if x.device.type != "cpu":
-            with torch.autocast(x.device.type, enabled=False):
-                scores = self.scores(x.float())  # (T, R)
-            return scores, scores.topk(self.active, dim=-1).indices  # (T, R), (T, K)
-        with torch.autocast("cpu", enabled=False):
-            scores = self.scores(x.double()).float()  # (T, R)
+        if type(self) is Router:
+            if gpu.routes(x):
+                return gpu.route(x, self.weight, self.active)
+            if native.routes(x, self.weight):
+                return native.route(x, self.weight, self.active)
+        exact = torch.float64 if x.device.type == "cpu" else torch.float32
+        with torch.autocast(x.device.type, enabled=False):
+            scores = self.scores(x.to(exact)).float()  # (T, R)
         order = scores.sort(dim=-1, descending=True, stable=True).indices  # (T, R); topk leaves ties to chance
         return scores, order[:, : self.active]  # (T, R), (T, K)
 

@@ -58,6 +58,11 @@ class SparseSpec:
         """S, K and E."""
         return Layout(self.shared, self.active, self.slices)
 
+    @property
+    def factor(self) -> float:
+        """What a chosen expert's output is multiplied by, whatever its score: E / K for gate "paper", else 1."""
+        return self.slices / self.active if self.gate == "paper" else 1.0
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
@@ -113,10 +118,7 @@ class RoutedExperts(nn.Module):
 
     def forward(self, x: Tensor, chosen: Tensor, scale: Tensor | None) -> Tensor:
         """x (T, H), chosen (T, K), scale (T, K) or None -> (T, H)."""
-        packed = self.packed()
-        if torch.is_autocast_enabled(x.device.type):  # the addition into x's dtype must not meet a mix of dtypes
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return run_experts(x, chosen, scale, packed)
+        return run_experts(x, chosen, scale, self.packed())
 
 
 def _untouched(part: nn.Module | None) -> bool:
@@ -149,8 +151,7 @@ class _Kept:
             self.plan = native.plan(None, shared)
             return
         gate = native.SIGMOID if ffn.spec.gate == "soft" else native.CONSTANT
-        factor = ffn.spec.slices / ffn.spec.active if ffn.spec.gate == "paper" else 1.0
-        self.plan = native.plan(experts, shared, ffn.router.weight, ffn.router.active, gate, factor)
+        self.plan = native.plan(experts, shared, ffn.router.weight, ffn.router.active, gate, ffn.spec.factor)
 
     @staticmethod
     def says(ffn: SparseFFN) -> tuple[object, ...]:
@@ -247,7 +248,7 @@ class SparseFFN(nn.Module):
         p = scores.gather(1, chosen).sigmoid()  # (T, K)
         if self.spec.gate == "soft":
             return p
-        factor = self.spec.slices / self.spec.active if self.spec.gate == "paper" else 1.0
+        factor = self.spec.factor
         return factor * (1 + p - p.detach()) if straight_through else torch.full_like(p, factor)
 
     def active_neurons(self, hidden_states: Tensor) -> Tensor:
