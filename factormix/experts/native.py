@@ -1,4 +1,4 @@
-"""The C++ operator for CPUs (`ffn.cpp`, `kernels.h`, `lanes.h`): a whole sparse FFN in one call, built on first use.
+"""The C++ operator for CPUs (`ffn.cpp` and the headers beside it): a whole sparse FFN in one call, built on first use.
 
 Without a compiler, or with FACTORMIX_NATIVE=0, everything runs on PyTorch's own operators, slower; one warning says so.
 The file in the cache is named after the source, the compiler and the machine's kind.
@@ -27,7 +27,7 @@ from factormix.experts.packed import PackedExperts
 from factormix.run.directory import atomic_path
 from factormix.run.errors import FactorMixError
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("ffn.cpp", "kernels.h", "lanes.h"))
+SOURCES = (Path(__file__).with_name("ffn.cpp"), *sorted(Path(__file__).parent.glob("*.h")))
 FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi", *(["-fopenmp"] if sys.platform == "linux" else []))
 FEW = 4  # tokens that the processor's baseline serves; AVX2 and above serve any number
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3}
