@@ -34,6 +34,10 @@ def describe_layout(found: Inspection, config: FactorConfig) -> list[str]:
             f"  I = {group.inner} = {cut.slices} slices of {width}: {cut.shared} shared ({shared} neurons), "
             f"{cut.routed} routed experts, {cut.active} of them for a token ({active} neurons)"
         )
+    if config.shares_out:
+        lines.append(
+            "  allocation global: that is the mean; FFNs whose errors cost more keep more slices active, others fewer"
+        )
     limit = found.speed_limit(cut.active_fraction)
     lines.append(
         f"  active fraction ({cut.shared} + {cut.active}) / {cut.slices} = {cut.active_fraction:.4g}; at most "
