@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from factormix.experts import PackedExperts, gpu, native, run_experts
+from factormix.experts import PackedExperts, compiled, gpu, native, run_experts
 from factormix.nn.layout import Layout
 from factormix.nn.router import Router, RouterKind, make_router
 from factormix.run.errors import choose
@@ -145,13 +145,8 @@ class _Kept:
         tensors = [at for part in parts for at in (part, *part._modules.values())]
         self.tensors = [(at._parameters, name, t) for at in tensors for name, t in at._parameters.items()]  # type: ignore[union-attr]
         self.said = self.says(ffn)
-        experts = None if ffn.experts is None else ffn.experts.packed()
-        shared = None if ffn.shared is None else ffn.shared.packed()
-        if ffn.router is None:
-            self.plan = native.plan(None, shared)
-            return
-        gate = native.SIGMOID if ffn.spec.gate == "soft" else native.CONSTANT
-        self.plan = native.plan(experts, shared, ffn.router.weight, ffn.router.active, gate, ffn.spec.factor)
+        experts, shared = ffn._packed()
+        self.plan = native.plan(experts, shared, *ffn._routing())
 
     @staticmethod
     def says(ffn: SparseFFN) -> tuple[object, ...]:
@@ -225,9 +220,10 @@ class SparseFFN(nn.Module):
             _KEPT.pop(self, None)
         if not (_untouched(self.shared) and _untouched(self.experts)):
             return None
-        shared = None if self.shared is None else self.shared.packed()
-        experts = None if self.experts is None else self.experts.packed()
+        experts, shared = self._packed()
         parts = [part for part in (shared, experts) if part is not None]
+        if _untouched(self.router) and compiled.serves(x, parts, None if self.router is None else self.router.weight):
+            return compiled.forward(x, experts, shared, *self._routing())
         if not on_cpu:
             if not gpu.serves(x, parts):
                 return None
@@ -239,6 +235,20 @@ class SparseFFN(nn.Module):
             return native.decode(x, *self._routed(x), experts, shared)
         kept = _KEPT[self] = _Kept(self)
         return native.forward(kept.plan, x)
+
+    def _packed(self) -> tuple[PackedExperts | None, PackedExperts | None]:
+        """Experts and shared neurons, where there are any; no copy."""
+        return (
+            None if self.experts is None else self.experts.packed(),
+            None if self.shared is None else self.shared.packed(),
+        )
+
+    def _routing(self) -> tuple[Tensor | None, int, int, float]:
+        """The router's weight, K, and where the weights of the chosen come from, as `native.plan` has it."""
+        if self.router is None:
+            return None, 0, native.GIVEN, 1.0
+        gate = native.SIGMOID if self.spec.gate == "soft" else native.CONSTANT
+        return self.router.weight, self.router.active, gate, self.spec.factor
 
     def scale(self, scores: Tensor, chosen: Tensor) -> Tensor | None:
         """What each chosen expert's output is multiplied by: (T, R), (T, K) -> (T, K), or None for 1."""
