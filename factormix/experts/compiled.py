@@ -34,7 +34,7 @@ def serves(x: Tensor, parts: Sequence[PackedExperts], router: Tensor | None) -> 
         and not torch.is_autocast_enabled("cpu")
         and all(part.activation in native.ACTIVATIONS and part.lie_ready(x) for part in parts)
         and all(isinstance(part.up, Tensor) and part.up.dtype is x.dtype for part in parts)
-        and (router is None or (router.dtype in native.DTYPES and router.is_contiguous()))
+        and (router is None or native.reads(router))
         and _any_tokens()
     )
 
