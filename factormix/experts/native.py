@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from factormix.data.assets import cache_directory
-from factormix.experts.packed import PackedExperts
+from factormix.experts.packed import PLAIN, PackedExperts
 from factormix.run.directory import atomic_path
 from factormix.run.errors import FactorMixError
 
@@ -56,9 +56,9 @@ class _Call(ctypes.Structure):
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the operator may run on x, (T, H): on a CPU, without gradient, autocast, tracing or a dispatch mode
+    """Whether the operator may run on x, (..., H): on a CPU, without gradient, autocast, tracing or a dispatch mode
     (which counts or fakes PyTorch's operators); else PyTorch does."""
-    return _plain(x) and not torch.is_autocast_enabled("cpu") and 0 < x.shape[0] <= most_tokens()
+    return _plain(x) and not torch.is_autocast_enabled("cpu") and 0 < x.numel() <= most_tokens() * x.shape[-1]
 
 
 def serves(x: Tensor, parts: Sequence[PackedExperts]) -> bool:
@@ -68,7 +68,12 @@ def serves(x: Tensor, parts: Sequence[PackedExperts]) -> bool:
 
 def routes(x: Tensor, router: Tensor) -> bool:
     """Whether `route`, and the router of `forward`, compute this; under autocast too, which does not reach scores."""
-    return _plain(x) and router.is_cpu and router.dtype in DTYPES and router.is_contiguous() and library() is not None
+    return _plain(x) and reads(router) and library() is not None
+
+
+def reads(router: Tensor) -> bool:
+    """Whether the operator can take a router's weight where it lies."""
+    return type(router) in PLAIN and router.is_cpu and router.dtype in DTYPES and router.is_contiguous()
 
 
 def _plain(x: Tensor) -> bool:
@@ -83,17 +88,10 @@ def _plain(x: Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A sparse FFN as the operator wants it; it holds as long as its weights lie where they lay."""
+    """A sparse FFN as the operator wants it: where its weights lie, not the weights."""
 
     call: _Call
     dtype: torch.dtype
-    weights: tuple[tuple[Tensor, int, torch.dtype], ...]  # each with its address
-
-    def stands(self) -> bool:
-        """Whether every weight is still there, of the same type and order."""
-        return all(
-            t.data_ptr() == address and t.dtype is kind and t.is_contiguous() for t, address, kind in self.weights
-        )
 
 
 def plan(
@@ -127,8 +125,7 @@ def plan(
     if router is not None:
         call.router, call.router_bf16 = router.data_ptr(), DTYPES[router.dtype]
         call.active, call.gate, call.factor = active, gate, factor
-    held = [router, *(t for part in (experts, shared) if part is not None for t in (part.up, part.down, part.up_bias))]
-    return Plan(call, some.up.dtype, tuple((t, t.data_ptr(), t.dtype) for t in held if isinstance(t, Tensor)))
+    return Plan(call, some.up.dtype)
 
 
 def forward(found: Plan, x: Tensor) -> Tensor:
@@ -136,10 +133,10 @@ def forward(found: Plan, x: Tensor) -> Tensor:
 
     Args:
         found: with a router, or without experts.
-        x: (T, H), of the plan's dtype.
+        x: (..., H), of the plan's dtype.
 
     Returns:
-        (T, H) in x's dtype; summed in float32. Scores are summed in float64, each in one order whatever the batch.
+        (..., H) in x's dtype; summed in float32. Scores are summed in float64, each in one order whatever the batch.
     """
     call, y, kept = _started(found, x)
     library().factormix_ffn(ctypes.byref(call))  # type: ignore[union-attr]
@@ -191,10 +188,11 @@ def route(x: Tensor, router: Tensor, active: int) -> tuple[Tensor, Tensor]:
 
 def _started(found: Plan, x: Tensor) -> tuple[_Call, Tensor, Tensor]:
     """The arguments of a call; the output; and the input, to be kept until the call is over."""
-    x = x.contiguous()  # (T, H)
-    y = torch.empty_like(x)  # (T, H)
+    x = x.contiguous()  # (..., H)
+    y = torch.empty_like(x)  # (..., H)
     call = _Call.from_buffer_copy(found.call)
-    call.x, call.y, call.tokens, call.threads = x.data_ptr(), y.data_ptr(), x.shape[0], torch.get_num_threads()
+    call.x, call.y, call.threads = x.data_ptr(), y.data_ptr(), torch.get_num_threads()
+    call.tokens = x.numel() // call.hidden
     return call, y, x
 
 

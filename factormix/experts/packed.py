@@ -11,7 +11,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.activations import ACT2FN
+
+PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # others may hold something else than they say: quantised ones do
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class PackedExperts:
             weight is None
             or (
                 isinstance(weight, Tensor)
+                and type(weight) in PLAIN
                 and weight.dtype is x.dtype
                 and weight.device == x.device
                 and weight.is_contiguous()
