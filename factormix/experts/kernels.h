@@ -1,6 +1,7 @@
 // The loops of ffn.cpp. Included once for each instruction set, inside a namespace of its own, with
 //   ROWS    rows of weights that a tile holds in registers, a multiple of 6
 //   GROUPS  groups of 16 tokens that a tile holds, 1 or 2
+//   BITS    of the processor's vectors where int8.h knows its instructions: 256 or 512; else 0
 //   PAIRS   1 where the processor multiplies pairs of bfloat16 (AVX512-BF16)
 
 #include "lanes.h"
@@ -9,6 +10,8 @@
 
 // The processor's own prefetching starts anew at each short row and block; the rows behind this one are wanted next.
 INLINE void ahead(const void* w, int64_t line) { __builtin_prefetch(static_cast<const char*>(w) + line + kAhead); }
+
+#include "int8.h"
 
 // The sum over lanes of sum[t] is w . x[t], for N tokens at a time.
 template <int N, typename W>
@@ -112,8 +115,8 @@ NOINLINE void lean_neurons(const Ffn& f, const Block& b, int64_t begin, int64_t 
       if (f.gated) store(u, totals(up[t]));
       for (int64_t r = 0; r < kLanes; ++r) {
         const int64_t at = std::min(j + r, end - 1);
-        g[r] += b.bias(at, f.bf16);
-        u[r] = f.gated ? u[r] + b.bias(b.width + at, f.bf16) : 1.0f;
+        g[r] = g[r] * b.up_scale(at) + b.bias(at, f.bf16);
+        u[r] = f.gated ? u[r] * b.up_scale(b.width + at) + b.bias(b.width + at, f.bf16) : 1.0f;
       }
       Lanes pre, factor;
       load(g, pre), load(u, factor);
@@ -144,7 +147,7 @@ NOINLINE void few_outputs(const Ffn& f, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < n; ++r) {
         Lanes part[kLean];
         row(static_cast<const W*>(b.down) + (i + r) * b.width, h, b.tokens, b.width, part);
-        for (int t = 0; t < b.tokens; ++t) sum[b.token[t]][r] += part[t];
+        for (int t = 0; t < b.tokens; ++t) sum[b.token[t]][r] += part[t] * b.down_scale(i + r);
       }
     }
     for (int64_t t = 0; t < f.tokens; ++t) {
@@ -165,7 +168,7 @@ NOINLINE void lean_outputs(const Ffn& f, const Block& b, int64_t begin, int64_t 
     Lanes sum[kLean][kLanes], part[kLean];
     for (int64_t r = 0; r < n; ++r) {
       row(static_cast<const W*>(b.down) + (i + r) * b.width, h, b.tokens, b.width, part);
-      for (int t = 0; t < b.tokens; ++t) sum[t][r] = part[t];
+      for (int t = 0; t < b.tokens; ++t) sum[t][r] = part[t] * b.down_scale(i + r);
     }
     for (int t = 0; t < b.tokens; ++t) {
       for (int64_t r = n; r < kLanes; ++r) sum[t][r] = Lanes{};
@@ -306,9 +309,10 @@ INLINE void many_neurons(const Ffn& f, const Task& task, Scratch& s) {
       Lanes factor, low = {};
       load(weight + g * kLanes, factor);
       for (int r = 0; r < n; ++r) {
-        Lanes v = out[r * groups + g] + b.bias(j + r, f.bf16);
+        const int64_t at = j + r, beside = b.width + at;
+        Lanes v = out[r * groups + g] * b.up_scale(at) + b.bias(at, f.bf16);
         v = factor * activate(f.kind, v);
-        if (f.gated) v *= out[(n + r) * groups + g] + b.bias(b.width + j + r, f.bf16);
+        if (f.gated) v *= out[(n + r) * groups + g] * b.up_scale(beside) + b.bias(beside, f.bf16);
         float* to = h + (g * words + (sizeof(C) == 2 ? (j + r) / 2 : j + r)) * kLanes;
         if (sizeof(C) == 4) store(to, v);
         else if (r % 2 == 0) low = v;
@@ -343,6 +347,8 @@ INLINE void many_outputs(const Ffn& f, int64_t begin, int64_t end, Scratch& s) {
           for (int q = 0; q < rows; ++q)
             w[q] = as(static_cast<const W*>(b.down) + (i + r + q) * b.width, room + q * b.width, b.width);
           tiles(rows, w, h, groups, b.width, rows * b.width, out + r * groups);
+          if (b.down_scales)
+            for (int q = 0; q < rows * groups; ++q) out[r * groups + q] *= b.down_scale(i + r + q / groups);
           r += rows;
         }
         for (int64_t r = 0; r < n; r += kLanes)
@@ -441,7 +447,8 @@ void step(const Ffn& f, const Task* up, int64_t begin, int64_t end, Scratch& s) 
 // Some neurons; or, with null, outputs begin to end of all tokens.
 void step(const Ffn& f, const Task* up, int64_t begin, int64_t end, Scratch& s) {
 #if PAIRS
-  if (f.pairs) return step<Bf16, Bf16>(f, up, begin, end, s);
+  if (f.pairs) return f.int8 ? step<int8_t, Bf16>(f, up, begin, end, s) : step<Bf16, Bf16>(f, up, begin, end, s);
 #endif
+  if (f.int8) return step<int8_t, float>(f, up, begin, end, s);
   f.bf16 ? step<Bf16, float>(f, up, begin, end, s) : step<float, float>(f, up, begin, end, s);
 }

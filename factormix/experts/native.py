@@ -1,4 +1,4 @@
-"""The C++ operator for CPUs (`ffn.cpp`, `kernels.h`, `lanes.h`): a whole sparse FFN in one call, built on first use.
+"""The C++ operator for CPUs (`ffn.cpp` and its headers): a whole sparse FFN in one call, built on first use.
 
 Without a compiler, or with FACTORMIX_NATIVE=0, everything runs on PyTorch's own operators, slower; one warning says so.
 The file in the cache is named after the source, the compiler and the machine's kind.
@@ -27,7 +27,7 @@ from factormix.experts.packed import PackedExperts
 from factormix.run.directory import atomic_path
 from factormix.run.errors import FactorMixError
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("ffn.cpp", "kernels.h", "lanes.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("ffn.cpp", "kernels.h", "int8.h", "lanes.h"))
 FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi", *(["-fopenmp"] if sys.platform == "linux" else []))
 FEW = 4  # tokens that the processor's baseline serves; AVX2 and above serve any number
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3}
@@ -42,13 +42,14 @@ class _Call(ctypes.Structure):
         *[
             (name, ctypes.c_void_p)
             for name in (
-                "x y router scores chosen weights up down up_bias shared_up shared_down shared_up_bias"
+                "x y router scores chosen weights up down up_bias shared_up shared_down shared_up_bias "
+                "up_scale down_scale shared_up_scale shared_down_scale"
             ).split()
         ],
         *[
             (name, ctypes.c_int64)
             for name in (
-                "tokens hidden routed active width shared_width bf16 router_bf16 kind gated gate threads"
+                "tokens hidden routed active width shared_width bf16 int8 router_bf16 kind gated gate threads"
             ).split()
         ],
         ("factor", ctypes.c_double),
@@ -63,7 +64,11 @@ def takes(x: Tensor) -> bool:
 
 def serves(x: Tensor, parts: Sequence[PackedExperts]) -> bool:
     """Whether `decode` and `forward` compute these parts of x."""
-    return takes(x) and all(part.activation in ACTIVATIONS and part.lie_ready(x) for part in parts)
+    return (
+        takes(x)
+        and all(part.activation in ACTIVATIONS and part.lie_ready(x) for part in parts)
+        and len({part.int8 for part in parts}) == 1
+    )
 
 
 def routes(x: Tensor, router: Tensor) -> bool:
@@ -86,7 +91,7 @@ class Plan:
     """A sparse FFN as the operator wants it; it holds as long as its weights lie where they lay."""
 
     call: _Call
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the tokens
     weights: tuple[tuple[Tensor, int, torch.dtype], ...]  # each with its address
 
     def stands(self) -> bool:
@@ -97,6 +102,7 @@ class Plan:
 
 
 def plan(
+    dtype: torch.dtype,
     experts: PackedExperts | None,
     shared: PackedExperts | None,
     router: Tensor | None = None,
@@ -107,8 +113,9 @@ def plan(
     """Look up what does not change from call to call, of parts that the operator serves.
 
     Args:
+        dtype: of the tokens, and of the weights unless these are int8.
         experts: of R experts, or None.
-        shared: of one "expert", the shared neurons, or None. Either has the activation.
+        shared: of one "expert", the shared neurons, or None. Either has the activation; both are int8 or neither.
         router: (R, H), float32 or bfloat16, contiguous; or None where the choice is given.
         active: K, with a router.
         gate: with a router, CONSTANT: outputs times `factor`; or SIGMOID: times the score's sigmoid.
@@ -117,18 +124,23 @@ def plan(
     some = shared or experts
     assert some is not None and isinstance(some.up, Tensor)
     call = _Call(kind=ACTIVATIONS[some.activation], gated=some.gated)
-    call.hidden, call.bf16 = some.up.shape[2], DTYPES[some.up.dtype]
+    call.hidden, call.bf16, call.int8 = some.up.shape[2], DTYPES[dtype], some.int8
     if shared is not None:
-        call.shared_up, call.shared_down, call.shared_up_bias = _pointers(shared)
+        call.shared_up, call.shared_down, call.shared_up_bias = _pointers(shared.up, shared.down, shared.up_bias)
+        call.shared_up_scale, call.shared_down_scale = _pointers(shared.up_scale, shared.down_scale)
         call.shared_width = shared.down.shape[2]  # type: ignore[union-attr]
     if experts is not None:
-        call.up, call.down, call.up_bias = _pointers(experts)
+        call.up, call.down, call.up_bias = _pointers(experts.up, experts.down, experts.up_bias)
+        call.up_scale, call.down_scale = _pointers(experts.up_scale, experts.down_scale)
         call.routed, _, call.width = experts.down.shape  # type: ignore[union-attr]
     if router is not None:
         call.router, call.router_bf16 = router.data_ptr(), DTYPES[router.dtype]
         call.active, call.gate, call.factor = active, gate, factor
-    held = [router, *(t for part in (experts, shared) if part is not None for t in (part.up, part.down, part.up_bias))]
-    return Plan(call, some.up.dtype, tuple((t, t.data_ptr(), t.dtype) for t in held if isinstance(t, Tensor)))
+    held: list[object] = [router]
+    for part in (experts, shared):
+        if part is not None:
+            held += [part.up, part.down, part.up_bias, part.up_scale, part.down_scale]
+    return Plan(call, dtype, tuple((t, t.data_ptr(), t.dtype) for t in held if isinstance(t, Tensor)))
 
 
 def forward(found: Plan, x: Tensor) -> Tensor:
@@ -165,7 +177,7 @@ def decode(
     Raises:
         FactorMixError: an expert that does not exist, or twice in a row of `chosen`.
     """
-    call, y, kept = _started(plan(experts, shared), x)
+    call, y, kept = _started(plan(x.dtype, experts, shared), x)
     if experts is not None and chosen is not None:
         chosen, scale = chosen.contiguous(), None if scale is None else scale.float().contiguous()
         call.chosen, call.weights, call.active = chosen.data_ptr(), _pointer(scale), chosen.shape[1]
@@ -241,8 +253,8 @@ def _built(compiler: str) -> Path:
     return file
 
 
-def _pointers(parts: PackedExperts) -> tuple[int | None, int | None, int | None]:
-    return _pointer(parts.up), _pointer(parts.down), _pointer(parts.up_bias)
+def _pointers(*tensors: Tensor | tuple[Tensor, ...] | None) -> list[int | None]:
+    return [_pointer(tensor) for tensor in tensors]
 
 
 def _pointer(tensor: Tensor | tuple[Tensor, ...] | None) -> int | None:

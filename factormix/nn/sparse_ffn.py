@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from factormix.experts import PackedExperts, gpu, native, run_experts
+from factormix.nn.int8 import Int8Neurons
 from factormix.nn.layout import Layout
 from factormix.nn.router import Router, RouterKind, make_router
 from factormix.run.errors import choose
@@ -124,7 +125,7 @@ class RoutedExperts(nn.Module):
 def _untouched(part: nn.Module | None) -> bool:
     """True for a part as it was made, whose weights alone say what it computes."""
     return part is None or (
-        type(part) in (SharedNeurons, RoutedExperts, Router)
+        type(part) in (SharedNeurons, RoutedExperts, Int8Neurons, Router)
         and not _heard(part)
         and all(type(inner) is nn.Linear and not _heard(inner) for inner in part._modules.values())
     )
@@ -138,20 +139,21 @@ class _Kept:
     """A SparseFFN's plan for the C++ operator, with what it was made from: to look that up for each token takes longer
     than a small FFN."""
 
-    def __init__(self, ffn: SparseFFN) -> None:
+    def __init__(self, ffn: SparseFFN, dtype: torch.dtype) -> None:
         parts = [part for part in (ffn.shared, ffn.experts, ffn.router) if part is not None]
         owners = [ffn, *([] if ffn.shared is None else [ffn.shared])]
         self.modules = [(at._modules, name, module) for at in owners for name, module in at._modules.items() if module]
         tensors = [at for part in parts for at in (part, *part._modules.values())]
-        self.tensors = [(at._parameters, name, t) for at in tensors for name, t in at._parameters.items()]  # type: ignore[union-attr]
+        held = [kind for at in tensors for kind in (at._parameters, at._buffers)]  # type: ignore[union-attr]
+        self.tensors = [(kind, name, t) for kind in held for name, t in kind.items()]
         self.said = self.says(ffn)
         experts = None if ffn.experts is None else ffn.experts.packed()
         shared = None if ffn.shared is None else ffn.shared.packed()
         if ffn.router is None:
-            self.plan = native.plan(None, shared)
+            self.plan = native.plan(dtype, None, shared)
             return
         gate = native.SIGMOID if ffn.spec.gate == "soft" else native.CONSTANT
-        self.plan = native.plan(experts, shared, ffn.router.weight, ffn.router.active, gate, ffn.spec.factor)
+        self.plan = native.plan(dtype, experts, shared, ffn.router.weight, ffn.router.active, gate, ffn.spec.factor)
 
     @staticmethod
     def says(ffn: SparseFFN) -> tuple[object, ...]:
@@ -170,7 +172,7 @@ class _Kept:
         )
 
 
-_STOCK = frozenset((SharedNeurons, RoutedExperts, Router, nn.Linear))
+_STOCK = frozenset((SharedNeurons, RoutedExperts, Int8Neurons, Router, nn.Linear))
 _KEPT: WeakKeyDictionary[SparseFFN, _Kept] = WeakKeyDictionary()
 
 
@@ -185,13 +187,13 @@ class SparseFFN(nn.Module):
         super().__init__()
         self.spec = spec
         layout = spec.layout
-        self.shared = SharedNeurons(spec) if layout.shared else None
+        self.shared: SharedNeurons | Int8Neurons | None = SharedNeurons(spec) if layout.shared else None
         self.router = (
             make_router(spec.router, spec.hidden, layout.routed, layout.active, spec.activation, spec.gated)
             if layout.routed
             else None
         )
-        self.experts = RoutedExperts(spec) if layout.routed else None
+        self.experts: RoutedExperts | Int8Neurons | None = RoutedExperts(spec) if layout.routed else None
         self.bias = nn.Parameter(torch.empty(spec.hidden)) if spec.down_bias else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -237,7 +239,7 @@ class SparseFFN(nn.Module):
             return None
         if self.router is not None and not (_untouched(self.router) and native.routes(x, self.router.weight)):
             return native.decode(x, *self._routed(x), experts, shared)
-        kept = _KEPT[self] = _Kept(self)
+        kept = _KEPT[self] = _Kept(self, x.dtype)
         return native.forward(kept.plan, x)
 
     def scale(self, scores: Tensor, chosen: Tensor) -> Tensor | None:
