@@ -109,7 +109,7 @@ def bench(
         threads=threads or (1,), beside=beside or (), new_tokens=new_tokens, repeats=repeats, text=ids, seed=seed,
         quiet=quiet,
     )  # fmt: skip
-    result.settings |= {"model": model or f"{shape} {layout or DEFAULT_LAYOUT}", "quantize": quantize}
+    result.settings.update({"model": model or f"{shape} {layout or DEFAULT_LAYOUT}", "quantize": quantize})
     options.put_json(json, result.to_dict())
     if out is not None:
         write_speed(out, result.to_dict(), shlex.join(["factormix", *sys.argv[1:]]))

@@ -70,8 +70,8 @@ def _compiled(
     up_bias: Tensor | None,
     activation: str,
     gated: bool,
-    up_scale: Tensor | None,
-    down_scale: Tensor | None,
+    up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
 ) -> Tensor:
     """One opaque operator for torch.compile: which experts run depends on the data, which a graph cannot hold."""
     # the graph was traced under autocast, which does not reach inside an operator

@@ -95,7 +95,7 @@ def _all_shared(site: FFNSite, parts: FFNWeights) -> SparseFFN:
         ffn = SparseFFN(spec)
     up = parts.up if parts.gate is None else torch.cat([parts.gate, parts.up])  # (I or 2I, H)
     packed = PackedExperts(up[None], parts.down.T[None], _bias(parts) if biased else None, site.activation, site.gated)
-    ffn.shared = Int8Neurons(packed)
+    ffn.shared = Int8Neurons(packed)  # type: ignore[assignment]
     if ffn.bias is not None and parts.down_bias is not None:
         ffn.bias = nn.Parameter(parts.down_bias.detach().clone())
     return ffn.eval()

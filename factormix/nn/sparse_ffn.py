@@ -187,13 +187,13 @@ class SparseFFN(nn.Module):
         super().__init__()
         self.spec = spec
         layout = spec.layout
-        self.shared: SharedNeurons | Int8Neurons | None = SharedNeurons(spec) if layout.shared else None
+        self.shared = SharedNeurons(spec) if layout.shared else None
         self.router = (
             make_router(spec.router, spec.hidden, layout.routed, layout.active, spec.activation, spec.gated)
             if layout.routed
             else None
         )
-        self.experts: RoutedExperts | Int8Neurons | None = RoutedExperts(spec) if layout.routed else None
+        self.experts = RoutedExperts(spec) if layout.routed else None
         self.bias = nn.Parameter(torch.empty(spec.hidden)) if spec.down_bias else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:

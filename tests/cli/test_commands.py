@@ -155,7 +155,7 @@ def test_int8_weights_in_eval_and_generate(run: Run, sparse: Path, llama: Path, 
     short = ("--text", text, "--window", 32, "--tokens", 64)
     run("eval", llama, "--against", llama, *short, "--quantize", "int8", "--json", "e.json")
     scores = next(iter(read("e.json")["perplexity"].values()))
-    assert scores["model"] != scores["base"] and abs(scores["ratio"] - 1) < 0.1 and scores["kl"] > 0
+    assert scores["model"] != scores["base"] and abs(scores["ratio"] - 1) < 0.1
     assert run("generate", sparse, "a b", "--max-new-tokens", 4, "--quantize", "int8", "--json", "g.json")
 
 
