@@ -119,6 +119,13 @@ def test_files_are_short_and_say_what_they_do(module: str) -> None:
     assert ast.get_docstring(ast.parse(text)), f"{module} does not begin with what it does"
 
 
+@pytest.mark.parametrize("file", [*PACKAGE.rglob("*.cpp"), *PACKAGE.rglob("*.h")], ids=lambda file: file.name)
+def test_so_are_those_in_cpp(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert text.count("\n") <= MOST_LINES, f"{file.name} is longer than {MOST_LINES} lines; split it"
+    assert text.startswith("// "), f"{file.name} does not begin with what it does"
+
+
 @pytest.mark.parametrize("name", factormix.__all__)
 def test_public_names_are_explained(name: str) -> None:
     assert (inspect.getdoc(getattr(factormix, name)) or "").strip(), f"factormix.{name} has no docstring"

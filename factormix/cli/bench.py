@@ -53,6 +53,12 @@ def bench(
         list[str] | None,
         typer.Option("--beside", metavar="|".join(COMPANIONS), help="what else takes turns; repeat for more"),
     ] = None,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="decode by torch.compile with a static cache, all models; compiling takes minutes"
+        ),
+    ] = False,
     dtype: Annotated[list[str] | None, typer.Option("--dtype", help="repeat for more [float32]")] = None,
     quantize: Annotated[
         str | None,
@@ -106,8 +112,8 @@ def bench(
     _refuse_too_long(sparse.config, max(lengths, default=0))
     result = measure(
         sparse, dense, decode_batches=batches, prefill_tokens=lengths, generate_batches=generated, dtypes=dtypes,
-        threads=threads or (1,), beside=beside or (), new_tokens=new_tokens, repeats=repeats, text=ids, seed=seed,
-        quiet=quiet,
+        threads=threads or (1,), beside=beside or (), compiled=compiled, new_tokens=new_tokens, repeats=repeats,
+        text=ids, seed=seed, quiet=quiet,
     )  # fmt: skip
     result.settings.update({"model": model or f"{shape} {layout or DEFAULT_LAYOUT}", "quantize": quantize})
     options.put_json(json, result.to_dict())

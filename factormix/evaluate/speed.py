@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from factormix.evaluate.causal import REMEDY, accepts
 from factormix.evaluate.companions import companion
@@ -107,6 +107,7 @@ def bench(
     repeats: int = 5,
     text: Tensor | None = None,
     convert: Convert | None = None,
+    compiled: bool = False,
     seed: int = 0,
     quiet: bool = True,
 ) -> Bench:
@@ -128,6 +129,8 @@ def bench(
             text shows the experts' real load.
         convert: ``convert(model, dtype)``: the model in another dtype than it has, for example by loading it again;
             None casts a copy of the parameters.
+        compiled: decode by torch.compile's step with a static cache, one graph without breaks; prompts, prefill and
+            ``generate()`` are not compiled.
         seed: of the random tokens.
         quiet: no progress line.
 
@@ -147,6 +150,7 @@ def bench(
         "repeats": repeats,
         "dtype": dtypes[0],
         "threads": threads[0],
+        "compiled": compiled,
         "device": str(device),
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else RunRecord("bench").machine,
         "torch": torch.__version__,
@@ -165,9 +169,26 @@ def bench(
                 for each in current.values():
                     _make_resident(each)
             torch.set_num_threads(count)
-            measured = _rounds(current, phase, size, text, prompt_tokens, new_tokens, repeats)
+            steps: dict[str, CompiledStep] = {}
+            if compiled and phase == "decode":
+                torch.compiler.reset()  # what was compiled holds another number of threads, and its models
+                steps = {name: CompiledStep(each, prompt_tokens + new_tokens) for name, each in current.items()}
+            measured = _rounds(current, steps, phase, size, text, prompt_tokens, new_tokens, repeats)
             done += _runs(measured, phase, size, dtype, count)
     return Bench(tuple(done), settings)
+
+
+class CompiledStep:
+    """A model's decoding step as one graph, and the static cache that all its rounds use in turn."""
+
+    def __init__(self, model: nn.Module, length: int) -> None:
+        self.cache = StaticCache(config=model.config, max_cache_len=length)  # type: ignore[arg-type]
+        self.forward = torch.compile(model, fullgraph=True, dynamic=False)
+
+    def empty_cache(self) -> StaticCache:
+        """The cache as it was before the first round."""
+        self.cache.reset()
+        return self.cache
 
 
 @dataclass
@@ -183,17 +204,24 @@ class _Measured:
 
 
 def _rounds(
-    models: Mapping[str, nn.Module], phase: str, size: int, text: Tensor, prompt: int, new: int, repeats: int
+    models: Mapping[str, nn.Module],
+    steps: Mapping[str, CompiledStep],
+    phase: str,
+    size: int,
+    text: Tensor,
+    prompt: int,
+    new: int,
+    repeats: int,
 ) -> dict[str, _Measured]:
     # for both or for none: the work must be the same
     last_only = phase == "prefill" and all(_keeps_last(model) for model in models.values())
 
-    def once(model: nn.Module) -> tuple[float, float]:
+    def once(model: nn.Module, step: CompiledStep | None = None) -> tuple[float, float]:
         """Tokens a second, and bytes in the key-value cache as a step finds it on average."""
         if phase == "prefill":
             return _prefill(model, _take(text, 1, size).to(_device(model)), last_only), 0.0
         ids = _take(text, size, prompt).to(_device(model))
-        return _decode(model, ids, new) if phase == "decode" else (_generate(model, ids, new), 0.0)
+        return _decode(model, ids, new, step) if phase == "decode" else (_generate(model, ids, new), 0.0)
 
     measured: dict[str, _Measured] = {}
     with torch.inference_mode():
@@ -206,22 +234,28 @@ def _rounds(
             elif phase == "prefill":
                 cost = prefill_flops(model, size)
             measured[name] = _Measured([], weight_bytes(model) + memory.rise, cost)
+        for name, step in steps.items():
+            for _ in range(2):  # the second time, a cache that was used before compiles anew
+                once(models[name], step)
         for turn in range(repeats):
             for name in list(models)[:: 1 if turn % 2 == 0 else -1]:
-                measured[name].speeds.append(once(models[name])[0])
+                measured[name].speeds.append(once(models[name], steps.get(name))[0])
     return measured
 
 
-def _decode(model: nn.Module, ids: Tensor, new_tokens: int) -> tuple[float, float]:
+def _decode(
+    model: nn.Module, ids: Tensor, new_tokens: int, compiled: CompiledStep | None = None
+) -> tuple[float, float]:
     """Tokens a second of `new_tokens` greedy steps for each of the B rows after the prompt `ids` (B, P); and the mean
     bytes of the key-value cache."""
     name = "cache" if accepts(model, "cache") else "past_key_values"  # the old name, deprecated in transformers 5.2x
-    held = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    held = DynamicCache(config=model.config) if compiled is None else compiled.empty_cache()  # type: ignore[arg-type]
     cache: dict[str, Any] = {name: held, "use_cache": True}
+    forward = model if compiled is None else compiled.forward
     step = model(input_ids=ids, **cache).logits[:, -1:].argmax(-1)  # (B, 1)
     before, start = cache_bytes(held), _now(ids.device)
     for _ in range(new_tokens):
-        step = model(input_ids=step, **cache).logits[:, -1:].argmax(-1)  # (B, 1)
+        step = forward(input_ids=step, **cache).logits[:, -1:].argmax(-1)  # (B, 1)
     return ids.shape[0] * new_tokens / (_now(ids.device) - start), (before + cache_bytes(held)) / 2
 
 

@@ -50,6 +50,7 @@ struct Bf16 {
   uint16_t bits;
 };
 
+INLINE double value(const double* p) { return *p; }
 INLINE float value(const float* p) { return *p; }
 INLINE float value(const Bf16* p) {
   const uint32_t w = static_cast<uint32_t>(p->bits) << 16;

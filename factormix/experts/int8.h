@@ -22,7 +22,7 @@ struct Int8Row {
 template <typename C>
 INLINE Int8Row<C> as(const int8_t* w, C*, int64_t) { return {w}; }
 
-// As the `tile` of float32 in kernels.h; 16 numbers of each row at a time are widened, which the nearest cache holds.
+// As the `tile` of float32 in tiles.h; 16 numbers of each row at a time are widened, which the nearest cache holds.
 template <int R, int G>
 INLINE void tile(const Int8Row<float>* w, const float* x, int64_t n, int64_t next, Lanes* out) {
   Lanes sum[R][G] = {};
@@ -76,7 +76,7 @@ INLINE void multiply(const int8_t* w, const Bf16* const* x, int64_t n, Lanes* su
   UNROLL for (int t = 0; t < N; ++t) sum[t] = (Lanes)_mm512_add_ps(even[t], odd[t]);
 }
 
-// As the `tile` of pairs in kernels.h.
+// As the `tile` of pairs in tiles.h.
 template <int R, int G>
 INLINE void tile(const Int8Row<Bf16>* w, const float* x, int64_t n, int64_t next, Lanes* out) {
   __m512 sum[R][G];

@@ -1,4 +1,4 @@
-"""The C++ operator for CPUs (`ffn.cpp` and its headers): a whole sparse FFN in one call, built on first use.
+"""The C++ operator for CPUs (`ffn.cpp` and the headers beside it): a whole sparse FFN in one call, built on first use.
 
 Without a compiler, or with FACTORMIX_NATIVE=0, everything runs on PyTorch's own operators, slower; one warning says so.
 The file in the cache is named after the source, the compiler and the machine's kind.
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from factormix.data.assets import cache_directory
-from factormix.experts.packed import PackedExperts
+from factormix.experts.packed import PLAIN, PackedExperts
 from factormix.run.directory import atomic_path
 from factormix.run.errors import FactorMixError
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("ffn.cpp", "kernels.h", "int8.h", "lanes.h"))
+SOURCES = (Path(__file__).with_name("ffn.cpp"), *sorted(Path(__file__).parent.glob("*.h")))
 FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi", *(["-fopenmp"] if sys.platform == "linux" else []))
 FEW = 4  # tokens that the processor's baseline serves; AVX2 and above serve any number
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3}
@@ -57,23 +57,31 @@ class _Call(ctypes.Structure):
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the operator may run on x, (T, H): on a CPU, without gradient, autocast, tracing or a dispatch mode
+    """Whether the operator may run on x, (..., H): on a CPU, without gradient, autocast, tracing or a dispatch mode
     (which counts or fakes PyTorch's operators); else PyTorch does."""
-    return _plain(x) and not torch.is_autocast_enabled("cpu") and 0 < x.shape[0] <= most_tokens()
+    return _plain(x) and not torch.is_autocast_enabled("cpu") and 0 < x.numel() <= most_tokens() * x.shape[-1]
 
 
 def serves(x: Tensor, parts: Sequence[PackedExperts]) -> bool:
     """Whether `decode` and `forward` compute these parts of x."""
-    return (
-        takes(x)
-        and all(part.activation in ACTIVATIONS and part.lie_ready(x) for part in parts)
-        and len({part.int8 for part in parts}) == 1
+    return takes(x) and reads_parts(x, parts)
+
+
+def reads_parts(x: Tensor, parts: Sequence[PackedExperts]) -> bool:
+    """Whether the operator can take weights of this form: activations it knows, all int8 or all of x's dtype."""
+    return len({part.int8 for part in parts}) == 1 and all(
+        part.activation in ACTIVATIONS and part.lie_ready(x) for part in parts
     )
 
 
 def routes(x: Tensor, router: Tensor) -> bool:
     """Whether `route`, and the router of `forward`, compute this; under autocast too, which does not reach scores."""
-    return _plain(x) and router.is_cpu and router.dtype in DTYPES and router.is_contiguous() and library() is not None
+    return _plain(x) and reads(router) and library() is not None
+
+
+def reads(router: Tensor) -> bool:
+    """Whether the operator can take a router's weight where it lies."""
+    return type(router) in PLAIN and router.is_cpu and router.dtype in DTYPES and router.is_contiguous()
 
 
 def _plain(x: Tensor) -> bool:
@@ -88,17 +96,10 @@ def _plain(x: Tensor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A sparse FFN as the operator wants it; it holds as long as its weights lie where they lay."""
+    """A sparse FFN as the operator wants it: where its weights lie, not the weights."""
 
     call: _Call
     dtype: torch.dtype  # of the tokens
-    weights: tuple[tuple[Tensor, int, torch.dtype], ...]  # each with its address
-
-    def stands(self) -> bool:
-        """Whether every weight is still there, of the same type and order."""
-        return all(
-            t.data_ptr() == address and t.dtype is kind and t.is_contiguous() for t, address, kind in self.weights
-        )
 
 
 def plan(
@@ -136,11 +137,7 @@ def plan(
     if router is not None:
         call.router, call.router_bf16 = router.data_ptr(), DTYPES[router.dtype]
         call.active, call.gate, call.factor = active, gate, factor
-    held: list[object] = [router]
-    for part in (experts, shared):
-        if part is not None:
-            held += [part.up, part.down, part.up_bias, part.up_scale, part.down_scale]
-    return Plan(call, dtype, tuple((t, t.data_ptr(), t.dtype) for t in held if isinstance(t, Tensor)))
+    return Plan(call, dtype)
 
 
 def forward(found: Plan, x: Tensor) -> Tensor:
@@ -148,10 +145,10 @@ def forward(found: Plan, x: Tensor) -> Tensor:
 
     Args:
         found: with a router, or without experts.
-        x: (T, H), of the plan's dtype.
+        x: (..., H), of the plan's dtype.
 
     Returns:
-        (T, H) in x's dtype; summed in float32. Scores are summed in float64, each in one order whatever the batch.
+        (..., H) in x's dtype; summed in float32. Scores are summed in float64, each in one order whatever the batch.
     """
     call, y, kept = _started(found, x)
     library().factormix_ffn(ctypes.byref(call))  # type: ignore[union-attr]
@@ -203,10 +200,11 @@ def route(x: Tensor, router: Tensor, active: int) -> tuple[Tensor, Tensor]:
 
 def _started(found: Plan, x: Tensor) -> tuple[_Call, Tensor, Tensor]:
     """The arguments of a call; the output; and the input, to be kept until the call is over."""
-    x = x.contiguous()  # (T, H)
-    y = torch.empty_like(x)  # (T, H)
+    x = x.contiguous()  # (..., H)
+    y = torch.empty_like(x)  # (..., H)
     call = _Call.from_buffer_copy(found.call)
-    call.x, call.y, call.tokens, call.threads = x.data_ptr(), y.data_ptr(), x.shape[0], torch.get_num_threads()
+    call.x, call.y, call.threads = x.data_ptr(), y.data_ptr(), torch.get_num_threads()
+    call.tokens = x.numel() // call.hidden
     return call, y, x
 
 

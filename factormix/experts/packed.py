@@ -11,8 +11,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
+
+PLAIN = (Tensor, torch.nn.Parameter, FakeTensor)  # others may hold something else than they say: quantised ones do
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class PackedExperts:
             weight is None
             or (
                 isinstance(weight, Tensor)
+                and type(weight) in PLAIN
                 and weight.dtype is dtype
                 and weight.device == x.device
                 and weight.is_contiguous()

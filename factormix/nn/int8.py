@@ -32,6 +32,8 @@ class Int8Neurons(nn.Module):
     ``up_scale`` (R, 2W or W) and ``down_scale`` (R, H), float32 whatever the model is cast to.
     """
 
+    up: Tensor
+    down: Tensor
     up_scale: Tensor
     down_scale: Tensor
 

@@ -54,7 +54,7 @@ def quantize(model: M) -> M:
         FactorMixError: a family that is not known, weights that are quantised already in another way.
     """
     config = cast(PreTrainedModel, model).config
-    sparse = cast(Any, model).sparse_ffns() if isinstance(model, FactorMixMixin) else {}
+    sparse: dict[int, SparseFFN] = cast(Any, model).sparse_ffns() if isinstance(model, FactorMixMixin) else {}
     specs: dict[FFNSite, SparseSpec] = {}
     for site in sites_of(model):
         ffn = sparse.get(site.index)

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from factormix.experts import PackedExperts, gpu, native, run_experts
+from factormix.experts import PackedExperts, compiled, gpu, native, run_experts
 from factormix.nn.int8 import Int8Neurons
 from factormix.nn.layout import Layout
 from factormix.nn.router import Router, RouterKind, make_router
@@ -137,42 +137,43 @@ def _heard(module: nn.Module) -> bool:
 
 class _Kept:
     """A SparseFFN's plan for the C++ operator, with what it was made from: to look that up for each token takes longer
-    than a small FFN."""
+    than a small FFN. What is compared for each token is laid out flat, for little of it is in a cache by then."""
 
     def __init__(self, ffn: SparseFFN, dtype: torch.dtype) -> None:
         parts = [part for part in (ffn.shared, ffn.experts, ffn.router) if part is not None]
         owners = [ffn, *([] if ffn.shared is None else [ffn.shared])]
-        self.modules = [(at._modules, name, module) for at in owners for name, module in at._modules.items() if module]
-        tensors = [at for part in parts for at in (part, *part._modules.values())]
-        held = [kind for at in tensors for kind in (at._parameters, at._buffers)]  # type: ignore[union-attr]
-        self.tensors = [(kind, name, t) for kind in held for name, t in kind.items()]
-        self.said = self.says(ffn)
-        experts = None if ffn.experts is None else ffn.experts.packed()
-        shared = None if ffn.shared is None else ffn.shared.packed()
-        if ffn.router is None:
-            self.plan = native.plan(dtype, None, shared)
-            return
-        gate = native.SIGMOID if ffn.spec.gate == "soft" else native.CONSTANT
-        self.plan = native.plan(dtype, experts, shared, ffn.router.weight, ffn.router.active, gate, ffn.spec.factor)
+        self.modules = [
+            (at._modules, name, module, type(module), module.__dict__, module._forward_hooks, module._forward_pre_hooks)
+            for at in owners
+            for name, module in at._modules.items()
+            if module is not None
+        ]
+        inner: list[nn.Module] = [at for part in parts for at in (part, *part._modules.values()) if at is not None]
+        held: list[dict[str, Any]] = [kind for at in inner for kind in (at._parameters, at._buffers)]
+        self.tensors: list[tuple[dict[str, Any], str, Tensor, int, torch.dtype]] = [
+            (at, name, t, t.data_ptr(), t.dtype) for at in held for name, t in at.items() if t is not None
+        ]
+        self.ffn, self.spec = ffn.__dict__, ffn.spec
+        said = [(ffn.router, "active"), (ffn.shared, "activation"), (ffn.experts, "activation")]
+        self.said = [(part.__dict__, name, getattr(part, name)) for part, name in said if part is not None]
+        experts, shared = ffn._packed()
+        self.plan = native.plan(dtype, experts, shared, *ffn._routing())
 
-    @staticmethod
-    def says(ffn: SparseFFN) -> tuple[object, ...]:
-        """What else a plan depends on."""
-        parts, router = (ffn.shared, ffn.experts), ffn.router
-        return (ffn.spec, router and router.active, *(part and part.activation for part in parts))
-
-    def stands(self, ffn: SparseFFN) -> bool:
+    def stands(self) -> bool:
         """Whether nobody has put anything in the place of a part or a weight since, nor a hook on a part."""
-        return (
-            all(at.get(name) is module and not _heard(module) for at, name, module in self.modules)
-            and all(type(module) in _STOCK for _, _, module in self.modules)
-            and all(at.get(name) is tensor for at, name, tensor in self.tensors)
-            and self.plan.stands()
-            and self.said == self.says(ffn)
-        )
+        for at, name, module, kind, own, hooks, pre_hooks in self.modules:
+            if at.get(name) is not module or type(module) is not kind or hooks or pre_hooks or "forward" in own:
+                return False
+        for held, name, tensor, address, dtype in self.tensors:
+            if held.get(name) is not tensor or tensor.data_ptr() != address:
+                return False
+            if tensor.dtype is not dtype or not tensor.is_contiguous():
+                return False
+        if self.ffn["spec"] is not self.spec:
+            return False
+        return all([at[name] == value for at, name, value in self.said])
 
 
-_STOCK = frozenset((SharedNeurons, RoutedExperts, Int8Neurons, Router, nn.Linear))
 _KEPT: WeakKeyDictionary[SparseFFN, _Kept] = WeakKeyDictionary()
 
 
@@ -198,17 +199,18 @@ class SparseFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states (..., H) -> (..., H)."""
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
-        y = self._at_once(x)  # (T, H)
+        y = self._by_plan(hidden_states)  # (..., H)
         if y is None:
-            y = None if self.shared is None else self.shared(x)
-            if self.experts is not None:
-                routed = self.experts(x, *self._routed(x))  # (T, H)
-                y = routed if y is None else y + routed
-        assert y is not None  # Layout refuses S + K = 0
-        if self.bias is not None:
-            y = y + self.bias
-        return y.view(hidden_states.shape)
+            x = hidden_states.reshape(-1, hidden_states.shape[-1])  # (T, H)
+            y = self._at_once(x)  # (T, H)
+            if y is None:
+                y = None if self.shared is None else self.shared(x)
+                if self.experts is not None:
+                    routed = self.experts(x, *self._routed(x))  # (T, H)
+                    y = routed if y is None else y + routed
+            assert y is not None  # Layout refuses S + K = 0
+            y = y.view(hidden_states.shape)  # (..., H)
+        return y if self.bias is None else y + self.bias
 
     def _routed(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Choice and scale: x (T, H) -> (T, K), (T, K) or None."""
@@ -216,21 +218,26 @@ class SparseFFN(nn.Module):
         scores, chosen = self.router(x)  # (T, R), (T, K)
         return chosen, self.scale(scores, chosen)
 
+    def _by_plan(self, x: Tensor) -> Tensor | None:
+        """All parts by the C++ operator as at the last call, (..., H) -> (..., H); None where something has changed."""
+        if not native.takes(x):
+            return None
+        kept = _KEPT.get(self)
+        if kept is not None and kept.plan.dtype is x.dtype and kept.stands():
+            return native.forward(kept.plan, x)
+        _KEPT.pop(self, None)
+        return None
+
     def _at_once(self, x: Tensor) -> Tensor | None:
-        """All parts at once by the C++ operator or a GPU's kernels; None where neither serves, or where somebody has
-        put something of their own (an adapter, a quantised layer, a hook) in the place of a part."""
-        on_cpu = native.takes(x)
-        if on_cpu:
-            kept = _KEPT.get(self)
-            if kept is not None and kept.plan.dtype is x.dtype and kept.stands(self):
-                return native.forward(kept.plan, x)
-            _KEPT.pop(self, None)
+        """All parts at once by the C++ operator or a GPU's kernels, (T, H) -> (T, H); None where neither serves, or
+        where somebody has put something of their own (an adapter, a quantised layer, a hook) in the place of a part."""
         if not (_untouched(self.shared) and _untouched(self.experts)):
             return None
-        shared = None if self.shared is None else self.shared.packed()
-        experts = None if self.experts is None else self.experts.packed()
+        experts, shared = self._packed()
         parts = [part for part in (shared, experts) if part is not None]
-        if not on_cpu:
+        if _untouched(self.router) and compiled.serves(x, parts, None if self.router is None else self.router.weight):
+            return compiled.forward(x, experts, shared, *self._routing())
+        if not native.takes(x):
             if not gpu.serves(x, parts):
                 return None
             chosen, scale = (None, None) if experts is None else self._routed(x)
@@ -241,6 +248,20 @@ class SparseFFN(nn.Module):
             return native.decode(x, *self._routed(x), experts, shared)
         kept = _KEPT[self] = _Kept(self, x.dtype)
         return native.forward(kept.plan, x)
+
+    def _packed(self) -> tuple[PackedExperts | None, PackedExperts | None]:
+        """Experts and shared neurons, where there are any; no copy."""
+        return (
+            None if self.experts is None else self.experts.packed(),
+            None if self.shared is None else self.shared.packed(),
+        )
+
+    def _routing(self) -> tuple[Tensor | None, int, int, float]:
+        """The router's weight, K, and where the weights of the chosen come from, as `native.plan` has it."""
+        if self.router is None:
+            return None, 0, native.GIVEN, 1.0
+        gate = native.SIGMOID if self.spec.gate == "soft" else native.CONSTANT
+        return self.router.weight, self.router.active, gate, self.spec.factor
 
     def scale(self, scores: Tensor, chosen: Tensor) -> Tensor | None:
         """What each chosen expert's output is multiplied by: (T, R), (T, K) -> (T, K), or None for 1."""

@@ -76,6 +76,23 @@ def test_decoding_is_greedy(llama):
     assert torch.cat(steps[-4:], 1).tolist() == expected.tolist()
 
 
+def test_compiled_decoding_is_one_graph_and_the_same_tokens(llama, monkeypatch):
+    made, own, fed = [], torch.compile, []
+
+    def compile_eagerly(model, **options):
+        made.append(options)
+        step = own(model, backend="eager", **options)
+        return lambda **given: (fed.append(given["input_ids"].item()), step(**given))[1]
+
+    monkeypatch.setattr(torch, "compile", compile_eagerly)
+    model, text = llama(), torch.arange(5, 9)
+    result = bench(model, None, compiled=True, text=text, **QUICK | {"repeats": 1})
+    assert result.settings["compiled"] and [run.phase for run in result.runs] == ["decode", "prefill"]
+    assert made == [{"fullgraph": True, "dynamic": False}]
+    expected = model.generate(text[None], max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+    assert fed == expected[0, 4:-1].tolist() * 3  # twice to warm up
+
+
 def test_prefill_asks_for_the_last_logits_and_no_cache(llama):
     model, seen = llama(), []
     model.register_forward_hook(lambda _, __, output: seen.append((output.logits.shape, output.past_key_values)))

@@ -206,6 +206,7 @@ class Doubled(nn.Linear):
 CHANGED = {
     "another weight": lambda ffn: setattr(ffn.shared.down_proj, "weight", nn.Parameter(torch.randn(12, 4))),
     "other data": lambda ffn: setattr(ffn.experts.down_proj, "data", torch.randn(4, 12, 4)),
+    "other data of the shared neurons": lambda ffn: setattr(ffn.shared.down_proj.weight, "data", torch.randn(12, 4)),
     "numbers written in place": lambda ffn: ffn.experts.gate_up_proj.mul_(2),
     "the same memory in another order": lambda ffn: setattr(
         ffn.router.weight, "data", ffn.router.weight.data.view(12, 4).T
@@ -267,7 +268,14 @@ def _adapter(ffn: SparseFFN) -> None:
     ffn.shared.up_proj.__class__ = Adapted
 
 
+class Wrapped(Tensor):
+    """A weight that is not what it says: a quantised one, for example."""
+
+
 TOUCHED = {
+    "a weight of another class": lambda ffn: setattr(
+        ffn.shared.down_proj, "weight", nn.Parameter(ffn.shared.down_proj.weight.detach().as_subclass(Wrapped))
+    ),
     "a hook on the experts": lambda ffn: ffn.experts.register_forward_hook(lambda *_: None),
     "a hook on a projection": lambda ffn: ffn.shared.down_proj.register_forward_pre_hook(lambda *_: None),
     "an adapter": _adapter,

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import factormix
+from factormix.export.needs import read_needs
 from factormix.ffn import find_sites, weights
 from factormix.nn import Int8Neurons, SparseFFN, quantize
 from factormix.nn.int8 import rounded
@@ -80,5 +81,7 @@ def test_loading_quantises_and_saving_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FactorMixError, match="a FactorMix directory does not hold"):
         model.save_pretrained(tmp_path / "other")
     assert not (tmp_path / "other").exists()
+    with pytest.raises(FactorMixError, match="a container does not hold"):
+        read_needs(model)
     with pytest.raises(FactorMixError, match="int8"):
         factormix.load(tmp_path / "model", quantize="int4")

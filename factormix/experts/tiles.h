@@ -1,0 +1,193 @@
+// More than 8 tokens: 16 of them side by side in a vector; a tile of rows times one or two such groups stays in
+// registers. A part of kernels.h.
+
+// out[r * G + g] = the R rows times group g; x holds the groups one behind the other, (n, 16) each. The rows of the
+// next tile, `next` numbers on, are fetched into the second-level cache meanwhile.
+template <int R, int G>
+INLINE void tile(const float* const* w, const float* x, int64_t n, int64_t next, Lanes* out) {
+  Lanes sum[R][G] = {};
+  for (int64_t from = 0; from < n; from += kLanes) {
+    UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + from + next, 0, 2);
+    const int64_t to = std::min(n, from + kLanes);
+    for (int64_t i = from; i < to; ++i) {
+      Lanes v[G];
+      UNROLL for (int g = 0; g < G; ++g) load(x + (g * n + i) * kLanes, v[g]);
+      UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) sum[r][g] += v[g] * w[r][i];
+    }
+  }
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) out[r * G + g] = sum[r][g];
+}
+
+#if PAIRS
+// The same for pairs of bfloat16: x is (n / 2, 16) words, neighbours of a row in one word.
+template <int R, int G>
+INLINE void tile(const Bf16* const* w, const float* x, int64_t n, int64_t next, Lanes* out) {
+  __m512 sum[R][G];
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) sum[r][g] = _mm512_setzero_ps();
+  for (int64_t from = 0; from < n / 2; from += kLanes) {
+    UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + 2 * from + next, 0, 2);
+    const int64_t to = std::min(n / 2, from + kLanes);
+    for (int64_t i = from; i < to; ++i) {
+      __m512bh v[G];
+      UNROLL for (int g = 0; g < G; ++g) v[g] = (__m512bh)_mm512_loadu_si512(x + (g * (n / 2) + i) * kLanes);
+      UNROLL for (int r = 0; r < R; ++r) {
+        int pair;
+        std::memcpy(&pair, w[r] + 2 * i, sizeof pair);
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        UNROLL for (int g = 0; g < G; ++g) sum[r][g] = _mm512_dpbf16_ps(sum[r][g], v[g], both);
+      }
+    }
+  }
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) out[r * G + g] = (Lanes)sum[r][g];
+}
+#endif
+
+template <int R, typename C, typename Row>  // out (R, groups)
+NOINLINE void tiles(const Row* w, const float* x, int groups, int64_t n, int64_t next, Lanes* out) {
+  const int64_t words = sizeof(C) == 2 ? n / 2 : n;
+  int g = 0;
+#if GROUPS == 2
+  for (; g + 2 <= groups; g += 2) {
+    Lanes part[R * 2];
+    tile<R, 2>(w, x + g * words * kLanes, n, next, part);
+    for (int r = 0; r < R; ++r) out[r * groups + g] = part[2 * r], out[r * groups + g + 1] = part[2 * r + 1];
+  }
+#endif
+  for (; g < groups; ++g) {
+    Lanes part[R];
+    tile<R, 1>(w, x + g * words * kLanes, n, next, part);
+    for (int r = 0; r < R; ++r) out[r * groups + g] = part[r];
+  }
+}
+
+template <typename C, typename Row>
+INLINE void tiles(int rows, const Row* w, const float* x, int groups, int64_t n, int64_t next, Lanes* out) {
+  switch (rows) {
+    case ROWS: return tiles<ROWS, C>(w, x, groups, n, next, out);
+#if ROWS > 8
+    case 8: return tiles<8, C>(w, x, groups, n, next, out);
+#endif
+    case 4: return tiles<4, C>(w, x, groups, n, next, out);
+    case 2: return tiles<2, C>(w, x, groups, n, next, out);
+    default: return tiles<1, C>(w, x, groups, n, next, out);
+  }
+}
+
+INLINE int fitting(int64_t rows) {  // the largest tile
+  return rows >= ROWS ? ROWS : ROWS > 8 && rows >= 8 ? 8 : rows >= 4 ? 4 : rows >= 2 ? 2 : 1;
+}
+
+// The tokens' rows of x, 16 to a group, transposed: (words, 16) a group.
+template <typename C, typename X>
+INLINE void gather(const Ffn& f, const X* x, const int* token, int tokens, float* out) {
+  constexpr int kEach = sizeof(C) == 2 ? 2 : 1;  // numbers to a word
+  const int64_t words = f.hidden / kEach;
+  for (int at = 0; at < tokens; at += kLanes, out += words * kLanes) {
+    const int n = std::min(kLanes, tokens - at);
+    for (int64_t i = 0; i < words; i += kLanes) {
+      const int64_t m = std::min<int64_t>(kLanes, words - i);
+      Lanes v[kLanes] = {};
+      for (int t = 0; t < n; ++t) {
+        const X* from = x + token[at + t] * f.hidden + i * kEach;
+        if (m < kLanes)
+          for (int64_t l = 0; l < m; ++l)
+            if (kEach == 2) std::memcpy(reinterpret_cast<float*>(&v[t]) + l, from + 2 * l, 4);
+            else v[t][l] = value(from + l);
+        else if (kEach == 2) std::memcpy(&v[t], from, sizeof v[t]);
+        else load(from, v[t]);
+      }
+      transpose(v);
+      for (int64_t l = 0; l < m; ++l) store(out + (i + l) * kLanes, v[l]);
+    }
+  }
+}
+
+// Some neurons of a block for some of its tokens, into f.h as `gather` would lay them out.
+template <typename W, typename C>
+INLINE void many_neurons(const Ffn& f, const Task& task, Scratch& s) {
+  const Block& b = f.blocks[task.block];
+  if (b.lean) return lean_neurons<W, C>(f, b, task.begin, task.end, s);
+  const int groups = (task.tokens + kLanes - 1) / kLanes, both = f.gated ? 2 : 1;
+  const int* token = b.token + task.token;
+  if (f.bf16) gather<C>(f, static_cast<const Bf16*>(f.input), token, task.tokens, s.panel);
+  else if (sizeof(C) == 4) gather<float>(f, static_cast<const float*>(f.input), token, task.tokens, s.panel);
+  float weight[kPanel] = {};
+  for (int t = 0; t < task.tokens; ++t) weight[t] = b.weight[task.token + t];
+  const int64_t words = sizeof(C) == 2 ? b.width / 2 : b.width;
+  float* h = f.h + b.first_h + task.token / kLanes * words * kLanes;
+  C* room = reinterpret_cast<C*>(s.rows);
+  Lanes out[ROWS * kPanel / kLanes];
+  for (int64_t j = task.begin; j < task.end;) {
+    const int rows = std::max(both, fitting((task.end - j) * both)), n = rows / both;
+    decltype(as(static_cast<const W*>(nullptr), room, 0)) w[ROWS];
+    for (int r = 0; r < rows; ++r) {
+      const int64_t at = r < n ? j + r : b.width + j + r - n;
+      w[r] = as(static_cast<const W*>(b.up) + at * f.hidden, room + r * f.hidden, f.hidden);
+    }
+    tiles<C>(rows, w, s.panel, groups, f.hidden, n * f.hidden, out);
+    for (int g = 0; g < groups; ++g) {
+      Lanes factor, low = {};
+      load(weight + g * kLanes, factor);
+      for (int r = 0; r < n; ++r) {
+        const int64_t at = j + r, beside = b.width + at;
+        Lanes v = out[r * groups + g] * b.up_scale(at) + b.bias(at, f.bf16);
+        v = factor * activate(f.kind, v);
+        if (f.gated) v *= out[(n + r) * groups + g] * b.up_scale(beside) + b.bias(beside, f.bf16);
+        float* to = h + (g * words + (sizeof(C) == 2 ? (j + r) / 2 : j + r)) * kLanes;
+        if (sizeof(C) == 4) store(to, v);
+        else if (r % 2 == 0) low = v;
+        else store(to, reinterpret_cast<Lanes>(rounded(low) | (rounded(v) << 16)));
+      }
+    }
+    j += n;
+  }
+}
+
+// Outputs begin to end of all tokens, added up in the order of the blocks.
+template <typename W, typename C>
+INLINE void many_outputs(const Ffn& f, int64_t begin, int64_t end, Scratch& s) {
+  constexpr int kChunk = 48;  // a multiple of 12 and of 16
+  for (int64_t t = 0; t < f.tokens; ++t) std::fill(f.y + t * f.hidden + begin, f.y + t * f.hidden + end, 0.0f);
+  C* room = reinterpret_cast<C*>(s.rows);
+  Lanes out[kChunk * kPanel / kLanes];
+  for (const Block& b : f.blocks) {
+    if (b.lean) {
+      lean_outputs<W, C>(f, b, begin, end);
+      continue;
+    }
+    const int64_t words = sizeof(C) == 2 ? b.width / 2 : b.width;
+    for (int at = 0; at < b.tokens; at += f.panel) {
+      const int tokens = std::min(f.panel, b.tokens - at), groups = (tokens + kLanes - 1) / kLanes;
+      const float* h = f.h + b.first_h + at / kLanes * words * kLanes;
+      for (int64_t i = begin; i < end; i += kChunk) {
+        const int64_t n = std::min<int64_t>(kChunk, end - i);
+        for (int64_t r = 0; r < n;) {
+          const int rows = fitting(n - r);
+          decltype(as(static_cast<const W*>(nullptr), room, 0)) w[ROWS];
+          for (int q = 0; q < rows; ++q)
+            w[q] = as(static_cast<const W*>(b.down) + (i + r + q) * b.width, room + q * b.width, b.width);
+          tiles<C>(rows, w, h, groups, b.width, rows * b.width, out + r * groups);
+          if (b.down_scales)
+            for (int q = 0; q < rows * groups; ++q) out[r * groups + q] *= b.down_scale(i + r + q / groups);
+          r += rows;
+        }
+        for (int64_t r = 0; r < n; r += kLanes)
+          for (int g = 0; g < groups; ++g) {
+            const int64_t m = std::min<int64_t>(kLanes, n - r);
+            Lanes v[kLanes] = {};
+            for (int64_t q = 0; q < m; ++q) v[q] = out[(r + q) * groups + g];
+            transpose(v);
+            for (int t = 0; t < std::min(kLanes, tokens - g * kLanes); ++t) {
+              float* y = f.y + b.token[at + g * kLanes + t] * f.hidden + i + r;
+              Lanes sum;
+              if (m < kLanes) {
+                for (int64_t q = 0; q < m; ++q) y[q] += v[t][q];
+              } else {
+                load(y, sum), store(y, sum + v[t]);
+              }
+            }
+          }
+      }
+    }
+  }
+}
