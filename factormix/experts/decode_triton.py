@@ -20,7 +20,7 @@ import triton.language as tl
 @triton.jit
 def route(x_ptr, weight_ptr, scores_ptr, chosen_ptr, H, R: tl.constexpr, K: tl.constexpr,
           R_PAD: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """Scores (T, R) float32 and the K best (T, K) int64, best first; of equal ones the lowest. Grid (T,).
+    """Scores (T, R) float32 and the K best (T, K) int64, best first; of equal ones the lowest, NaN first. Grid (T,).
 
     x (T, H), weight (R, H), of any floating dtype; summed in float32, for a row in the same order in every batch.
     """
@@ -35,11 +35,14 @@ def route(x_ptr, weight_ptr, scores_ptr, chosen_ptr, H, R: tl.constexpr, K: tl.c
         total += tl.load(where, mask=real[:, None] & live[None, :], other=0).to(tl.float32) * x[None, :]  # (R_PAD, C)
     scores = tl.sum(total, axis=1)  # (R_PAD,)
     tl.store(scores_ptr + token * R + experts, scores, mask=real)
-    order = tl.where(scores == scores, scores, float("-inf"))  # NaN last: a choice is an expert that exists
+    unknown = scores != scores  # NaN counts as the greatest, as torch.sort has it
+    order = tl.where(unknown, float("-inf"), scores)
     free = real
     for k in range(K):
+        first = tl.min(tl.where(free & unknown, experts, R_PAD), axis=0)
         best = tl.max(tl.where(free, order, float("-inf")), axis=0)
         pick = tl.min(tl.where(free & (order == best), experts, R_PAD), axis=0)
+        pick = tl.where(first < R_PAD, first, pick)
         tl.store(chosen_ptr + token * K + k, pick.to(tl.int64))
         free = free & (experts != pick)
 

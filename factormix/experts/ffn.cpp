@@ -90,6 +90,7 @@ struct Block {
 struct Ffn {
   const void* input;  // (T, H)
   float* y;           // (T, H)
+  Bf16* rounded;      // (T, H), what y is rounded into; or null
   const void* router;
   int64_t tokens, hidden, routed;
   int kind;
@@ -192,7 +193,7 @@ struct Kept {
     if (room.size() > (1 << 22)) room = {};  // 16 MiB
   }
 };
-thread_local Kept kept_mine, kept_all;
+thread_local Kept kept_mine, kept_all, kept_sums;
 
 template <typename F>
 void parallel(int threads, const F& work) {  // work(me, all)
@@ -236,7 +237,7 @@ void run(Ffn& f, int64_t neurons, int threads) {
     for (int at = 0; at < f.blocks[i].tokens; at += f.panel)
       for (int64_t j = 0; j < f.blocks[i].width; j += piece)
         tasks.push_back({i, at, std::min(f.panel, f.blocks[i].tokens - at), j, std::min(f.blocks[i].width, j + piece)});
-  const int64_t columns = threads == 1 ? f.hidden : std::max<int64_t>(48, (f.hidden / (4 * threads) + 47) / 48 * 48);
+  const int64_t strips = (f.hidden + 47) / 48, shares = threads == 1 ? 1 : std::min<int64_t>(4 * threads, strips);
   const Level& at = kLevels[level];
   std::atomic<size_t> up{0};
   std::atomic<int64_t> down{0};
@@ -246,8 +247,8 @@ void run(Ffn& f, int64_t neurons, int threads) {
     s.rows = s.panel + f.panel * f.hidden;
     for (size_t i; (i = up++) < tasks.size();) at.step(f, &tasks[i], 0, 0, s);
     wait_for_all();
-    for (int64_t i; (i = down.fetch_add(columns)) < f.hidden;)
-      at.step(f, nullptr, i, std::min(f.hidden, i + columns), s);
+    for (int64_t i; (i = down++) < shares;)  // as equal as whole strips allow: all threads are to end together
+      at.step(f, nullptr, strips * i / shares * 48, std::min(f.hidden, strips * (i + 1) / shares * 48), s);
     kept_mine.leave();
   });
 }
@@ -313,9 +314,8 @@ bool mix(const Call& c, int64_t begin, int64_t end, const float* scores, int thr
   Ffn f = ffn(c);
   f.tokens = n;
   f.input = static_cast<const char*>(c.x) + begin * c.hidden * size;
-  std::vector<float> wide;
-  if (c.bf16) wide.resize(n * c.hidden);
-  f.y = c.bf16 ? wide.data() : static_cast<float*>(c.y) + begin * c.hidden;
+  f.y = c.bf16 ? kept_sums.take(n * c.hidden) : static_cast<float*>(c.y) + begin * c.hidden;
+  f.rounded = c.bf16 ? static_cast<Bf16*>(c.y) + begin * c.hidden : nullptr;
 
   // tokens by expert: a counting sort, the shared neurons in front
   const int64_t* chosen = c.chosen + begin * c.active;
@@ -361,11 +361,7 @@ bool mix(const Call& c, int64_t begin, int64_t end, const float* scores, int thr
           &token[start[e]], &weight[start[e]]);
 
   run(f, neurons, threads);
-  kept_all.leave();
-  if (c.bf16) {
-    Bf16* y = static_cast<Bf16*>(c.y) + begin * c.hidden;
-    for (int64_t i = 0; i < n * c.hidden; ++i) y[i] = bf16_of(wide[i]);
-  }
+  kept_all.leave(), kept_sums.leave();
   return true;
 }
 

@@ -9,10 +9,26 @@
 #include "scores.h"
 #include "tiles.h"
 
+// Outputs begin to end of all tokens, rounded to bfloat16.
+NOINLINE void round_outputs(const Ffn& f, int64_t begin, int64_t end) {
+  for (int64_t t = 0; t < f.tokens; ++t) {
+    const float* y = f.y + t * f.hidden;
+    Bf16* to = f.rounded + t * f.hidden;
+    int64_t i = begin;
+    for (Lanes v; i + kLanes <= end; i += kLanes) {
+      load(y + i, v);
+      const Halves h = __builtin_convertvector(rounded(v), Halves);
+      std::memcpy(to + i, &h, sizeof h);
+    }
+    for (; i < end; ++i) to[i] = bf16_of(y[i]);
+  }
+}
+
 template <typename W, typename C>
 void step(const Ffn& f, const Task* up, int64_t begin, int64_t end, Scratch& s) {
   if (up) return many_neurons<W, C>(f, *up, s);
   f.few ? few_outputs<W, C>(f, begin, end) : many_outputs<W, C>(f, begin, end, s);
+  if (f.rounded) round_outputs(f, begin, end);
 }
 
 // Some neurons; or, with null, outputs begin to end of all tokens.

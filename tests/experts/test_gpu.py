@@ -164,6 +164,14 @@ def test_the_router_takes_the_first_of_equals_and_an_expert_that_exists() -> Non
     assert all(sorted(set(row)) == sorted(row) and max(row) < 5 for row in chosen)
 
 
+def test_the_router_orders_as_torch_sort_does_nan_and_infinities_included() -> None:
+    weight = torch.tensor([[1.0], [torch.nan], [-torch.inf], [torch.inf], [2.0], [torch.nan]]).to(WHERE)
+    x = torch.tensor([[1.0], [-1.0], [torch.nan]]).to(WHERE)
+    scores, chosen = gpu.route(x, weight, 6)
+    assert torch.equal(chosen, scores.sort(dim=1, descending=True, stable=True).indices)
+    assert chosen[0].tolist() == [1, 5, 3, 4, 0, 2]
+
+
 def test_equal_rows_have_equal_scores_in_any_batch() -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(20, 300).to(WHERE), torch.randn(12, 300).to(WHERE)

@@ -112,6 +112,17 @@ def test_nan_stays_nan_and_with_its_token(at: int) -> None:
 
 
 @pytest.mark.parametrize("at", LEVELS)
+@pytest.mark.parametrize("tokens, hidden", [(3, 32), (40, 32), (3, 37), (40, 37)])
+def test_bfloat16_outputs_are_rounded_as_pytorch_rounds(at: int, tokens: int, hidden: int) -> None:
+    """Each output is a sum of two inputs, exact in float32."""
+    x, eye = torch.rand(tokens, hidden).bfloat16(), torch.eye(hidden).bfloat16()
+    parts = PackedExperts(eye[None], (eye + eye.roll(1, 0))[None], None, "relu", False)
+    with level(at):
+        y = native.decode(x, None, None, None, parts)
+    assert torch.equal(y, (x.float() + x.float().roll(1, 1)).bfloat16())
+
+
+@pytest.mark.parametrize("at", LEVELS)
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_the_router_is_pytorchs(at: int, data: st.DataObject) -> None:

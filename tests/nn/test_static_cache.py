@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
+from factormix.experts import native
 from tests.nn.sparse import twins
 
 
@@ -21,9 +22,18 @@ def logits(model: PreTrainedModel, forward: object, steps: int = 4) -> Tensor:
     return torch.stack(found)
 
 
+WHOLE = pytest.param("factormix.ffn", marks=pytest.mark.skipif(native.most_tokens() <= 4, reason="not built here"))
+
+
+@pytest.mark.parametrize("operator", [WHOLE, "factormix.run_experts.default"])
 @pytest.mark.parametrize("family, layout", [("llama", "S1A2E4"), ("qwen3", "S0A1E4")])
-def test_decoding_with_a_static_cache_is_one_graph(family: str, layout: str) -> None:
+def test_decoding_with_a_static_cache_is_one_graph(
+    family: str, layout: str, operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one opaque operator a layer: which experts run is not the graph's to know."""
     torch._dynamo.reset()
+    if operator != "factormix.ffn":
+        monkeypatch.setattr(native, "most_tokens", lambda: 0)
     _, sparse = twins(family, layout)
     graphs: list[torch.fx.GraphModule] = []
 
@@ -34,6 +44,8 @@ def test_decoding_with_a_static_cache_is_one_graph(family: str, layout: str) -> 
     got = logits(sparse, torch.compile(sparse, backend=backend, fullgraph=True))
     assert torch.allclose(got, logits(sparse, sparse), rtol=1e-5, atol=1e-5)
     assert len(graphs) == 1  # every step runs the first one's
+    ours = [str(node.target) for node in graphs[0].graph.nodes if str(node.target).startswith("factormix.")]
+    assert ours == [operator] * len(sparse.sparse_ffns())
 
 
 def test_the_static_cache_gives_the_dynamic_ones_logits() -> None:
