@@ -174,8 +174,9 @@ def _check(source: Source, config: FactorConfig, dtype: str, keep: bool, show: b
     else:
         found = inspect_model(dense_config(model_config))
         lines = describe_run(found, config, dtype)  # does the arithmetic of the layout
-        advice = export_advice(config.cut, (group.inner for group in found.groups))
-        if advice:
+        if config.shares_out and config.cut.active:
+            say("note: other engines want one layout in all FFNs; to export, add --allocation uniform.", quiet)
+        elif advice := export_advice(config.cut, (group.inner for group in found.groups)):
             say(f"note: {advice}", quiet)
     if show:
         typer.echo("\n".join(lines))

@@ -9,9 +9,9 @@ from transformers import PretrainedConfig
 from factormix.checkpoint import FactorMixConfig
 from factormix.cli.inspect import site_table
 from factormix.factor.config import FactorConfig
-from factormix.factor.keep import check_keep
+from factormix.factor.keep import check_keep, kept_slices
 from factormix.ffn.cost import Inspection
-from factormix.nn import SparseSpec
+from factormix.nn import Layout, SparseSpec
 from factormix.run.errors import FactorMixError
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -34,6 +34,10 @@ def describe_layout(found: Inspection, config: FactorConfig) -> list[str]:
             f"  I = {group.inner} = {cut.slices} slices of {width}: {cut.shared} shared ({shared} neurons), "
             f"{cut.routed} routed experts, {cut.active} of them for a token ({active} neurons)"
         )
+    if config.shares_out:
+        lines.append(
+            "  allocation global: that is the mean; FFNs whose errors cost more keep more slices active, others fewer"
+        )
     limit = found.speed_limit(cut.active_fraction)
     lines.append(
         f"  active fraction ({cut.shared} + {cut.active}) / {cut.slices} = {cut.active_fraction:.4g}; at most "
@@ -52,12 +56,15 @@ def describe_keep(model: PretrainedConfig, config: FactorConfig) -> list[str]:
         raise FactorMixError(f"keep_experts_for needs a factored model, this {model.model_type} is dense: factor it.")
     specs = {int(index): SparseSpec(**spec) for index, spec in model.factormix["sites"].items()}
     check_keep(config, specs)
-    cut, lines = config.cut, []
-    for old, count in Counter(spec.layout for spec in specs.values()).items():
+    kept, lines = kept_slices(config, specs), []
+    for (old, slices), count in Counter((specs[index].layout, slices) for index, slices in kept.items()).items():
+        new = Layout(slices, 0, old.slices)
         lines.append(
-            f"{count} FFNs, {old} -> {cut}: the {old.shared} shared slices and the {cut.shared - old.shared} of "
-            f"{old.routed} experts that serve the text best, for all tokens: {cut.active_fraction:.4g} of the neurons"
+            f"{count} FFNs, {old} -> {new}: the {old.shared} shared slices and the {slices - old.shared} of "
+            f"{old.routed} experts that serve the text best, for all tokens: {new.active_fraction:.4g} of the neurons"
         )
+    if len(kept) < len(specs):
+        lines.append(f"{len(specs) - len(kept)} FFNs that route nothing stay as they are")
     return lines
 
 

@@ -147,11 +147,14 @@ class Container(ABC):
         layout = needs.layout
         if len({spec.layout.routed for spec in needs.specs}) > 1:
             experts = sorted({spec.layout.routed for spec in needs.specs})
-            found.append(Problem(f"has one number of experts for all layers, not {experts}", f"Factor with {layout}."))
+            found.append(
+                Problem(f"has one number of experts for all layers, not {experts}", "Factor with --allocation uniform.")
+            )
         if needs.uneven:
             active = sorted({spec.active for spec in needs.specs})
             found.append(Problem(
-                f"gives every layer the same number of active experts, not {active}", f"Factor with {layout}.",
+                f"gives every layer the same number of active experts, not {active}",
+                "Factor with --allocation uniform.",
                 lambda n: replace(n, most_active=True), f"every layer runs {needs.active} experts",
             ))  # fmt: skip
         if needs.biased:

@@ -102,6 +102,12 @@ def read_needs(model: PreTrainedModel) -> Needs:
     if not all(spec.gated for spec in specs):
         raise FactorMixError("the FFNs have no gate projection; the experts of every container have one.")
     pruned = [spec.layout for spec in specs if not spec.layout.routed]
+    whole = [layout for layout in pruned if not layout.dropped]
+    if whole:
+        raise FactorMixError(
+            f"{len(whole)} of {len(specs)} FFNs run whole ({whole[0]}), as --allocation global makes them where "
+            "errors cost most; a container has experts in every layer. Factor with --allocation uniform."
+        )
     if pruned:
         raise FactorMixError(
             f"layout {pruned[0]} routes nothing: it is static pruning, and a container needs experts. Factor with a "

@@ -45,6 +45,12 @@ class FactorConfig(Config):
         "S4A4E16",
         help="S4A4E16: 4 of 16 slices shared, 4 chosen; 1R4E2K: the paper's; S8A0E16: 8 stay, pruned",
     )
+    allocation: str = option(
+        "global",
+        help="global: the layout is the mean, FFNs whose errors cost more keep more slices active; uniform: the layout "
+        "in every FFN, as other engines want it",
+        choices=("global", "uniform"),
+    )
     partition: str = option(
         "coactivation", help="how neurons are grouped; flap and wanda prune", choices=tuple(PARTITIONS)
     )
@@ -137,6 +143,11 @@ class FactorConfig(Config):
         """The layout, parsed."""
         return Layout.parse(self.layout)
 
+    @property
+    def shares_out(self) -> bool:
+        """True where FFNs may come to differ: there is a budget to share out."""
+        return self.allocation == "global" and self.cut.active_fraction < 1
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -148,13 +159,14 @@ class Preset:
 
 
 _PAPER_HEAL = HealConfig(kl=0.0, ce=1.0, pa=0.05, balance=0.01, lr=4e-5, router_lr=4e-5, weight_decay=1e-5)
+_PUBLISHED = {"allocation": "uniform", "layer_fit": False}
 _PAPER = {"partition": "contiguous", "label": "paper", "router_loss": "paper", "gate": "paper", "heal": _PAPER_HEAL}
 
 PRESETS: dict[str, Preset] = {
     "default": Preset("shared and routed", {}),
-    "paper": Preset("routed", {**_PAPER, "layer_fit": False}),
-    "moefication": Preset("routed", {"partition": "moefication", "router": "mlp", "layer_fit": False}),
-    "cmoe": Preset("shared and routed", {"partition": "cmoe", "router": "neuron", "layer_fit": False}),
-    "flap": Preset("none", {"partition": "flap", "layer_fit": False}),
-    "wanda": Preset("none", {"partition": "wanda", "layer_fit": False}),
+    "paper": Preset("routed", {**_PUBLISHED, **_PAPER}),
+    "moefication": Preset("routed", {**_PUBLISHED, "partition": "moefication", "router": "mlp"}),
+    "cmoe": Preset("shared and routed", {**_PUBLISHED, "partition": "cmoe", "router": "neuron"}),
+    "flap": Preset("none", {**_PUBLISHED, "partition": "flap"}),
+    "wanda": Preset("none", {**_PUBLISHED, "partition": "wanda"}),
 }

@@ -1,6 +1,6 @@
 """FactorLLM, top to bottom: a dense transformer and some text in, a sparse transformer out.
 
-text -> windows -> (site by site, at the student's own states:)
+text -> windows -> how many slices each FFN keeps active -> (site by site, at the student's own states:)
     inputs and dense outputs -> statistics -> assignment -> sparse FFN -> router and layer fit
 -> healing, where asked for -> a transformers model
 """
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factormix.data.packing import Packed, fitting, pack, wants_bos
 from factormix.data.text import read_documents
 from factormix.factor.activations import ActivationStats
+from factormix.factor.allocation import allocate
 from factormix.factor.assemble import assemble, sparse_spec
 from factormix.factor.config import FactorConfig
 from factormix.factor.fit import SiteReport, fit_site
@@ -28,11 +29,12 @@ from factormix.factor.heal import heal
 from factormix.factor.lockstep import Lockstep, batches_of
 from factormix.factor.partition import BLIND, COMPENSATED, PARTITIONS
 from factormix.ffn import FFNSite, find_sites, isolate, shared_copy
-from factormix.nn import FactorMixMixin, SparseFFN, SparseSpec, adopt
+from factormix.nn import FactorMixMixin, Layout, SparseFFN, SparseSpec, adopt
 from factormix.run.errors import FactorMixError
 from factormix.run.progress import progress
 from factormix.run.workdir import WorkDirectory
 
+ALLOCATION = "allocation"  # the stage of the work directory
 BATCH_WINDOWS = 4  # windows of one halted forward
 
 
@@ -70,12 +72,15 @@ def factorize(
     if isinstance(dense, FactorMixMixin):
         raise FactorMixError(f"{type(dense).__name__} is sparse already; factorize the dense model it was made from.")
     sites = find_sites(dense, config.layers)
-    specs = {site: _spec(site, config) for site in sites}  # refuses before any compute
+    for site in sites:
+        _spec(site, config, config.cut)  # refuses before any compute
     packed = packed_text(calibration, dense, tokenizer, config.window, config.tokens, config.seed)
     started = time.perf_counter()
     was_training = dense.training
     student = shared_copy(dense).eval()
-    build = partial(_factored, config=config)
+    layouts = _layouts(student, sites, config, packed.input_ids, work, quiet)
+    specs = {site: _spec(site, config, layouts[site]) for site in sites}
+    build = partial(_factored, config=config, specs=specs)
     reports = replace_ffns(student, specs, packed, build, keep_old=keep_dense, work=work, quiet=quiet)
     made_by: dict[str, Any] = {
         "config": config.to_dict(),
@@ -147,7 +152,7 @@ def replace_ffns(
 
 
 def _factored(
-    steps: Lockstep, site: FFNSite, x: Tensor, target: Tensor, config: FactorConfig
+    steps: Lockstep, site: FFNSite, x: Tensor, target: Tensor, config: FactorConfig, specs: Mapping[FFNSite, SparseSpec]
 ) -> tuple[SparseFFN, SiteReport]:
     """One dense FFN cut and fitted."""
     dense_weights = steps.weights(site)
@@ -155,15 +160,31 @@ def _factored(
     for rows in () if config.partition in BLIND else x.split(4096):
         stats.update(rows)
     generator = torch.Generator().manual_seed(config.seed + site.index)
-    assignment = PARTITIONS[config.partition](stats, config.cut, generator)
-    ffn = assemble(_spec(site, config), dense_weights, assignment).eval()
+    assignment = PARTITIONS[config.partition](stats, specs[site].layout, generator)
+    ffn = assemble(specs[site], dense_weights, assignment).eval()
     report = SiteReport(site=site.index, layer=site.layers[0])
     fit_site(ffn, x, target, config, report)
     return ffn, report
 
 
-def _spec(site: FFNSite, config: FactorConfig) -> SparseSpec:
-    return sparse_spec(site, config.cut, config.gate, config.partition in COMPENSATED, config.router)
+def _spec(site: FFNSite, config: FactorConfig, layout: Layout) -> SparseSpec:
+    return sparse_spec(site, layout, config.gate, config.partition in COMPENSATED, config.router)
+
+
+def _layouts(
+    model: PreTrainedModel, sites: Sequence[FFNSite], config: FactorConfig, windows: Tensor,
+    work: WorkDirectory | None, quiet: bool,
+) -> dict[FFNSite, Layout]:  # fmt: skip
+    """Each FFN's layout; a resumed run keeps those it began with."""
+    if not config.shares_out or len(sites) == 1:
+        return dict.fromkeys(sites, config.cut)
+    if work is not None and work.done(ALLOCATION):
+        words = work.load(ALLOCATION)[1]["layouts"]
+        return {site: Layout.parse(word) for site, word in zip(sites, words, strict=True)}
+    layouts = allocate(model, sites, config.cut, windows, seed=config.seed, quiet=quiet)
+    if work is not None:
+        work.save(ALLOCATION, {}, {"layouts": [str(layout) for layout in layouts.values()]})
+    return layouts
 
 
 def _inputs_of_every_use(model: PreTrainedModel, site: FFNSite, batches: list[dict[str, Tensor]]) -> Tensor:

@@ -26,7 +26,7 @@ from factormix.data.packing import Packed
 from factormix.factor.config import HealConfig
 from factormix.factor.fit import label_tokens
 from factormix.factor.lockstep import batches_of
-from factormix.factor.losses import hidden_distance, load_balance, router_loss
+from factormix.factor.losses import hidden_distance, last_states, load_balance, router_loss
 from factormix.ffn import FFNSite, find_sites, isolate
 from factormix.nn import FactorMixMixin, SparseFFN, vocabulary_head
 from factormix.run.errors import FactorMixError
@@ -74,6 +74,10 @@ def heal(
             f"healing with ce {config.ce} needs a model that predicts the next token; {type(student).__name__} does "
             "not. Use ce 0: the distance from the dense model is enough."
         )
+    if (config.pa or config.balance) and all(ffn.router is None for ffn in student.sparse_ffns().values()):
+        raise FactorMixError(
+            f"pa {config.pa} and balance {config.balance} train routers; this model has none. Leave them 0."
+        )
     rates = {}
     for name, module in student.named_modules():
         if isinstance(module, SparseFFN):
@@ -115,7 +119,7 @@ class HealingLoss:
                 length = counted.shape[1]
                 parts["kl"] = config.kl * distillation(out.logits[:, :length], dense.logits[:, :length], counted)
             else:
-                parts["hidden"] = config.kl * hidden_distance(_last(out), _last(dense), scored)
+                parts["hidden"] = config.kl * hidden_distance(last_states(out), last_states(dense), scored)
         if config.ce:
             found = out.logits[:, :-1][counted].float()  # (T, V)
             parts["ce"] = config.ce * nn.functional.cross_entropy(found, ids[:, 1:][counted])
@@ -135,8 +139,8 @@ class HealingLoss:
         handles = []
         if self.config.pa or self.config.balance:
             for index, ffn in self.student.sparse_ffns().items():  # type: ignore[operator]
-                assert ffn.router is not None
-                handles.append(ffn.router.register_forward_hook(self._note(index)))
+                if ffn.router is not None:
+                    handles.append(ffn.router.register_forward_hook(self._note(index)))
         try:
             yield
         finally:
@@ -169,9 +173,3 @@ class HealingLoss:
 
 def _predicts_next(model: PreTrainedModel) -> bool:
     return vocabulary_head(model) in ("causal", "seq2seq")
-
-
-def _last(output: Any) -> Tensor:
-    """The last hidden state (B, L, H) of a model's output, whatever its head."""
-    states = output.get("hidden_states") or output.get("decoder_hidden_states")
-    return states[-1] if states else output.last_hidden_state  # type: ignore[no-any-return]

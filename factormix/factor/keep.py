@@ -33,7 +33,7 @@ from factormix.nn import FactorMixMixin, SparseFFN, SparseSpec, adopt, sites_of
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 
-ROUTING = ("partition", "label", "router_loss", "router", "gate")
+ROUTING = ("allocation", "partition", "label", "router_loss", "router", "gate")
 """Fields of FactorConfig that say how experts and routers are made: here they are made already."""
 
 
@@ -53,7 +53,8 @@ def keep_experts(
     Args:
         model: a FactorMix model with routed experts. It stays usable; the result shares all but its FFNs.
         config: `layout` says what stays: S6A0E16 keeps 6 of 16 slices, so of an S4A4E16 model the 4 shared ones and 2
-            experts. Windows, tokens, seed, layer fit and healing as in `factorize`.
+            experts. Where FFNs differ (allocation), it is the mean: each keeps slices in proportion to those it ran,
+            and one that ran whole stays whole. Windows, tokens, seed, layer fit and healing as in `factorize`.
         task: the task's text: packed windows, documents or paths.
         tokenizer: needed for documents.
         dense: the dense model that `model` was made from, the teacher of ranking, fit and healing; else `model` is, and
@@ -76,14 +77,15 @@ def keep_experts(
             f"{type(dense).__name__} is not the dense model that this {type(model).__name__} was made of."
         )
     sparse = model.sparse_ffns()
-    check_keep(config, {index: ffn.spec for index, ffn in sparse.items()})
-    sites = {
-        site: _static(sparse[site.index].spec, config.cut.shared) for site in sites_of(model) if site.index in sparse
-    }
+    specs = {index: ffn.spec for index, ffn in sparse.items()}
+    check_keep(config, specs)
+    shared = kept_slices(config, specs)
+    sites = {site: _static(specs[site.index], shared[site.index]) for site in sites_of(model) if site.index in shared}
     packed = packed_text(task, model, tokenizer, config.window, config.tokens, config.seed)
     started = time.perf_counter()
     student = shared_copy(model).eval()
-    reports = replace_ffns(student, sites, packed, partial(_kept, config=config, dense=dense), work=work, quiet=quiet)
+    build = partial(_kept, shared=shared, config=config, dense=dense)
+    reports = replace_ffns(student, sites, packed, build, work=work, quiet=quiet)
     made_by: dict[str, Any] = {
         "config": config.to_dict(),
         "calibration": {"tokens": packed.tokens, "sha256": packed.sha256},
@@ -91,7 +93,8 @@ def keep_experts(
         "sites": [asdict(report) for report in reports],
         "kept_from": model.config.factormix["made_by"],
     }
-    adopt(student, sites, made_by)
+    whole = {site: specs[site.index] for site in sites_of(model) if site.index in specs.keys() - shared.keys()}
+    adopt(student, {**sites, **whole}, made_by)
     if config.heal.tokens:
         source = task if healing is None else healing
         teacher = model if dense is None else dense
@@ -121,21 +124,38 @@ def check_keep(config: FactorConfig, specs: Mapping[int, SparseSpec]) -> None:
         raise FactorMixError(f"layers {list(config.layers)}: experts are kept at every factored FFN. Leave it out.")
     if config.heal.pa or config.heal.balance:
         raise FactorMixError("heal.pa and heal.balance train routers; a model of kept experts has none. Leave them 0.")
+    if not any(spec.layout.routed for spec in specs.values()):
+        raise FactorMixError(f"the FFNs are {next(iter(specs.values())).layout}: no routed experts to choose from.")
     for index, spec in specs.items():
         old = spec.layout
-        if not old.routed:
-            raise FactorMixError(f"FFN {index} is {old}: it has no routed experts to choose from.")
         if spec.gate != "hard":
             raise FactorMixError(
                 f"FFN {index} has gate {spec.gate!r}, which scales the chosen experts; only those of gate 'hard' can "
                 "run for every token as they are."
             )
-        allowed = f"S{max(old.shared, 1)}A0E{old.slices} to S{old.slices - 1}A0E{old.slices}"
-        if cut.active or cut.slices != old.slices or not old.shared <= cut.shared < old.slices:
+        if cut.active or cut.slices != old.slices or not _least(specs) <= cut.shared < old.slices:
+            allowed = f"S{max(_least(specs), 1)}A0E{old.slices} to S{old.slices - 1}A0E{old.slices}"
             raise FactorMixError(
                 f"layout {cut} cannot be kept of FFN {index}, {old} ({old.shared} shared slices and {old.routed} "
                 f"experts); allowed: {allowed}."
             )
+
+
+def kept_slices(config: FactorConfig, specs: Mapping[int, SparseSpec]) -> dict[int, int]:
+    """How many slices each routed FFN keeps: those of the layout where all FFNs are alike, else in proportion to those
+    that it ran, but at least its shared ones and at most all but one."""
+    mean = sum(spec.shared + spec.active for spec in specs.values()) / len(specs)
+    return {
+        index: min(max(round((spec.shared + spec.active) * config.cut.shared / mean), spec.shared, 1), spec.slices - 1)
+        for index, spec in specs.items()
+        if spec.layout.routed
+    }
+
+
+def _least(specs: Mapping[int, SparseSpec]) -> int:
+    """Shared slices of a routed FFN, the mean rounded up."""
+    shared = [spec.shared for spec in specs.values() if spec.layout.routed]
+    return -(-sum(shared) // len(shared))
 
 
 def _static(spec: SparseSpec, shared: int) -> SparseSpec:
@@ -143,7 +163,13 @@ def _static(spec: SparseSpec, shared: int) -> SparseSpec:
 
 
 def _kept(
-    steps: Lockstep, site: FFNSite, x: Tensor, target: Tensor, config: FactorConfig, dense: PreTrainedModel | None
+    steps: Lockstep,
+    site: FFNSite,
+    x: Tensor,
+    target: Tensor,
+    shared: Mapping[int, int],
+    config: FactorConfig,
+    dense: PreTrainedModel | None,
 ) -> tuple[SparseFFN, SiteReport]:
     """One routed FFN made static and fitted; x, target (T, H)."""
     routed = steps.old(site)
@@ -152,7 +178,7 @@ def _kept(
         with torch.no_grad():
             target = torch.cat([isolate(dense, site)(rows) for rows in x.split(CHUNK)])  # (T, H)
     report = SiteReport(site=site.index, layer=site.layers[0])
-    report.kept = most_useful(routed, x, target, config.cut.shared - routed.spec.shared)
+    report.kept = most_useful(routed, x, target, shared[site.index] - routed.spec.shared)
     ffn = static_ffn(routed, report.kept)
     fit_site(ffn, x, target, config, report)
     return ffn, report

@@ -6,6 +6,8 @@ dense FFN gave, without any task label.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -59,6 +61,13 @@ def load_balance(scores: Tensor, chosen: Tensor) -> Tensor:
     routed = scores.shape[1]
     share = torch.bincount(chosen.flatten(), minlength=routed).to(scores.dtype) / chosen.numel()  # (R,)
     return routed * (share * scores.softmax(1).mean(0)).sum()
+
+
+def last_states(output: Any) -> Tensor:
+    """The last hidden state (B, L, H) of a model's output, whatever its head; a head's output needs
+    ``output_hidden_states``."""
+    states = output.get("hidden_states") or output.get("decoder_hidden_states")
+    return states[-1] if states else output.last_hidden_state  # type: ignore[no-any-return]
 
 
 def hidden_distance(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:

@@ -73,6 +73,14 @@ class Layout:
         """(S + K) / E, the part of the neurons that run for a token."""
         return (self.shared + self.active) / self.slices
 
+    def with_active(self, count: int) -> Layout:
+        """The layout of as many slices with `count` of them active, shared ones in the same proportion; all of them
+        shared where all are active."""
+        if count == self.slices or not self.active:
+            return Layout(count, 0, self.slices)
+        shared = round(count * self.shared / (self.shared + self.active))
+        return Layout(min(shared, count - 1), count - min(shared, count - 1), self.slices)
+
     def width(self, inner: int) -> int:
         """W = I / E.
 

@@ -48,10 +48,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def sparse(llama: Path, text: Path) -> Path:
-    """The llama made sparse, once for all tests; they must not change it."""
+    """The llama made sparse, FFNs alike so that it can be exported, once for all tests; they must not change it."""
     out = llama.parent / "sparse"
     with one_thread():
-        result = CliRunner().invoke(app, ["factor", str(llama), "-o", str(out), "--text", str(text), "--quiet", *CUT])
+        words = ["factor", str(llama), "-o", str(out), "--text", str(text), "--quiet", "--allocation", "uniform", *CUT]
+        result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     return out
 

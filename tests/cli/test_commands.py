@@ -56,7 +56,7 @@ def test_factor(run: Run, llama: Path, text: Path) -> None:
 
 def test_the_result_is_what_python_gives(sparse: Path, llama: Path, text: Path) -> None:
     dense = AutoModelForCausalLM.from_pretrained(llama)
-    config = FactorConfig.parse("S1A1E4", tokens=1024, window=32)
+    config = FactorConfig.parse("S1A1E4", tokens=1024, window=32, allocation="uniform")
     model = factorize(dense, config, [str(text)], AutoTokenizer.from_pretrained(llama), quiet=True)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), factormix.load(sparse).parameters(), strict=True))
 
@@ -205,8 +205,8 @@ def test_dry_run(run: Run, llama: Path, text: Path, tmp_path: Path) -> None:
 
 def test_overwrite(run: Run, llama: Path, text: Path) -> None:
     run("factor", llama, "-o", "out", "--text", text, *CUT)
-    run("factor", llama, "-o", "out", "--text", text, "--overwrite", *CUT, "--layout", "S2A1E4")
-    assert factormix.load("out").sparse_ffns()[0].spec.shared == 2
+    run("factor", llama, "-o", "out", "--text", text, "--overwrite", *CUT, "--gate", "soft")
+    assert factormix.load("out").sparse_ffns()[0].spec.gate == "soft"
 
 
 def test_a_recipe_is_the_flags(run: Run, llama: Path, text: Path) -> None:
@@ -273,7 +273,7 @@ def test_quiet_says_nothing_on_stderr(llama: Path, text: Path) -> None:
 
     from factormix.cli import app
 
-    words = ["factor", str(llama), "-o", "out", "--text", str(text), *CUT]
+    words = ["factor", str(llama), "-o", "out", "--text", str(text), "--allocation", "uniform", *CUT]
     loud = CliRunner().invoke(app, [*words, "--dry-run"])
     assert "note: layout S1A1E4" in loud.stderr
     assert CliRunner().invoke(app, [*words, "--quiet"]).stderr == ""

@@ -98,6 +98,14 @@ def test_static_pruning_is_refused() -> None:
         read_needs(model)
 
 
+def test_a_layer_that_runs_whole_is_refused() -> None:
+    model = factored("llama")
+    ffn = model.sparse_ffns()[0]
+    ffn.spec = replace(ffn.spec, shared=4, active=0)
+    with pytest.raises(FactorMixError, match="1 of 2 FFNs run whole.*--allocation uniform"):
+        read_needs(model)
+
+
 def test_layers_that_differ_are_refused() -> None:
     needs = read_needs(factored("llama"))
     first = needs.specs[0]

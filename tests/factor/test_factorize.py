@@ -160,7 +160,7 @@ def test_the_paper_preset_keeps_the_active_fraction_and_runs() -> None:
 @pytest.mark.parametrize("partition", ["coactivation", "wanda", "flap"])
 def test_static_pruning_drops_the_other_neurons(family: str, partition: str, tmp_path: Path) -> None:
     dense = tiny_model(family)
-    config = FactorConfig.parse("S2A0E4", partition=partition, layer_fit=False, **QUICK)
+    config = FactorConfig.parse("S2A0E4", partition=partition, layer_fit=False, allocation="uniform", **QUICK)
     pruned = factorize(dense, config, windows(), quiet=True)
     for ffn in pruned.sparse_ffns().values():
         assert ffn.router is None and ffn.experts is None

@@ -98,7 +98,9 @@ OTHER_HEADS = {
 @pytest.mark.parametrize("family", OTHER_HEADS)
 def test_models_that_are_not_causal_heal_too(family: str) -> None:
     dense = tiny_model(family)
-    sparse = factorize(dense, FactorConfig.parse("S1A1E4", layer_fit=False, **QUICK), windows(), quiet=True)
+    sparse = factorize(
+        dense, FactorConfig.parse("S1A1E4", layer_fit=False, allocation="uniform", **QUICK), windows(), quiet=True
+    )
     config = STEPS.replace(tokens=4096, lr=5e-4, kl=10.0, pa=0.1, balance=0.01, save_steps=100)
     loss, part = HealingLoss(sparse, dense, STEPS, "joint", "pa"), OTHER_HEADS[family]
     loss.bf16 = False  # the teacher's rounding is as large as what is left of the smallest of these

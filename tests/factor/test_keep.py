@@ -14,7 +14,7 @@ from torch.nn.functional import kl_div
 from factormix import FactorMixError, load
 from factormix.factor import keep
 from factormix.factor.config import FactorConfig, HealConfig
-from factormix.factor.factorize import work_directory
+from factormix.factor.factorize import factorize, work_directory
 from factormix.factor.keep import keep_experts, most_useful, static_ffn
 from factormix.nn import SparseFFN
 from tests.factor.test_factorize import windows
@@ -205,3 +205,19 @@ def test_models_without_such_experts_are_refused() -> None:
         keep_experts(static, config, windows(), quiet=True)
     with pytest.raises(FactorMixError, match="gate 'soft'"):
         keep_experts(sparsify(tiny_model("llama"), "S1A1E4", gate="soft"), config, windows(), quiet=True)
+
+
+def test_uneven_ffns_keep_slices_in_proportion_and_whole_ones_stay() -> None:
+    dense = tiny_model("llama")
+    with torch.no_grad():
+        dense.model.layers[1].mlp.down_proj.weight.mul_(0.05)  # so the first FFN gets 6 of 8 slices, the second 2
+    routed = factorize(dense, FactorConfig.parse("S2A2E8", **QUICK), windows(), quiet=True)
+    assert [str(ffn.spec.layout) for ffn in routed.sparse_ffns().values()] == ["S3A3E8", "S1A1E8"]
+    kept = keep_experts(routed, FactorConfig.parse("S3A0E8", **QUICK), windows(), quiet=True)
+    assert [str(ffn.spec.layout) for ffn in kept.sparse_ffns().values()] == ["S4A0E8", "S2A0E8"]
+    routed = factorize(dense, FactorConfig.parse("S3A3E8", **QUICK), windows(), quiet=True)
+    assert [str(ffn.spec.layout) for ffn in routed.sparse_ffns().values()] == ["S8A0E8", "S2A2E8"]
+    kept = keep_experts(routed, FactorConfig.parse("S3A0E8", **QUICK), windows(), quiet=True)
+    assert [str(ffn.spec.layout) for ffn in kept.sparse_ffns().values()] == ["S8A0E8", "S2A0E8"]
+    one, same = (model.sparse_ffns()[0].state_dict() for model in (kept, routed))
+    assert all(torch.equal(one[name], same[name]) for name in same)
