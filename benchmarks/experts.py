@@ -2,11 +2,14 @@
 
     python benchmarks/experts.py [--hidden 2048 --inner 5632] [--layout S4A4E16 ...] [--dtype float32 ...]
     python benchmarks/experts.py --profile
+    python benchmarks/experts.py --int8
 
 Random weights of a gated FFN, several copies in turn so that no cache holds them, dense and sparse alternating. A
 row of the table: median microseconds a call (and the middle half of them), dense over sparse, and the roofline: the
 dense FFN's weights over those of the slices that these tokens really choose, up to 64 tokens; above, 1 / the active
-fraction.
+fraction. With --int8, weights are int8, and four sides alternate: the dense FFN by the faster of PyTorch's two ways
+(its product of int8 weights, and widening them for a plain product) and by our operator, the sparse one in int8 and,
+for comparison, in `dtype`; the ratio is the faster dense side over sparse int8.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from factormix.experts import native
-from factormix.nn import Layout, SparseFFN, SparseSpec
+from factormix.ffn import shared_copy
+from factormix.nn import Int8Neurons, Layout, SparseFFN, SparseSpec
+from factormix.nn.int8 import rounded
 
 BYTES = 600e6  # of copies, more than any cache
 KEPT = 1.5  # seconds a row
@@ -103,6 +108,74 @@ def table(
                     print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
+def int8(ffn: SparseFFN) -> SparseFFN:
+    """The same with int8 weights, in place."""
+    for name in ("shared", "experts"):
+        part = getattr(ffn, name)
+        if part is not None:
+            setattr(ffn, name, Int8Neurons(part.packed()))
+    return ffn
+
+
+Rows = tuple[Tensor, Tensor]  # (M, N) int8, scales (M,)
+
+
+def int8_product(x: Tensor, weight: Rows) -> Tensor:
+    """PyTorch's own: x (T, N) -> (T, M)."""
+    return torch.ops.aten._weight_int8pack_mm(x, *weight)
+
+
+def widened_product(x: Tensor, weight: Rows) -> Tensor:
+    """A plain product after widening: x (T, N) -> (T, M)."""
+    return F.linear(x, weight[0].to(x.dtype)) * weight[1]
+
+
+def pytorch_int8(x: Tensor, ffns: list[list[Rows]]) -> list[Callable[[], Tensor]]:
+    """A call for each dense FFN (gate, up, down), by the way that is faster for x."""
+
+    def by(product: Callable[[Tensor, Rows], Tensor], gate: Rows, up: Rows, down: Rows) -> Tensor:
+        return product(F.silu(product(x, gate)) * product(x, up), down)
+
+    ways = [[partial(by, product, *ffn) for ffn in ffns] for product in (int8_product, widened_product)]
+    took = []
+    for calls in ways:
+        calls[0]()
+        started = time.perf_counter()
+        calls[1]()
+        took.append(time.perf_counter() - started)
+    return list(ways[took.index(min(took))])
+
+
+def int8_table(
+    hidden: int, inner: int, layouts: list[str], dtypes: list[str], threads: list[int], tokens: list[int]
+) -> None:
+    """Print the rows of --int8, Markdown."""
+    print(f"H {hidden}, I {inner}\n")
+    sides = "dense int8, PyTorch | dense int8, ours | sparse int8 | sparse, no int8"
+    print(f"| layout | dtype | threads | T | {sides} | ratio | roofline |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    copies = max(2, int(BYTES / 2 / (3 * hidden * inner)))
+    for name in dtypes:
+        dtype = getattr(torch, name)
+        dense = [dense_weights(hidden, inner, torch.float32) for _ in range(copies)]
+        theirs = [[(q, scale.to(dtype)) for q, scale in map(rounded, ffn)] for ffn in dense]
+        del dense
+        ours = [int8(sparse_ffn(hidden, inner, Layout(1, 0, 1), dtype)) for _ in range(copies)]
+        for layout in layouts:
+            plain = [sparse_ffn(hidden, inner, Layout.parse(layout), dtype) for _ in range(copies)]
+            sparse = [int8(shared_copy(ffn)) for ffn in plain]
+            for count in threads:
+                torch.set_num_threads(count)
+                for t in tokens:
+                    x = torch.randn(t, hidden).to(dtype)
+                    ffns = ([partial(ffn, x) for ffn in side] for side in (ours, sparse, plain))
+                    times = alternate(pytorch_int8(x, theirs), *ffns)
+                    middle = [statistics.median(side) for side in times]
+                    ratio, limit = min(middle[:2]) / middle[2], statistics.mean(roofline(ffn, x) for ffn in sparse)
+                    row = (layout, name, count, t, *map(spread, times), f"{ratio:.2f}", f"{limit:.2f}")
+                    print("| " + " | ".join(map(str, row)) + " |", flush=True)
+
+
 def profile(hidden: int, inner: int, layouts: list[str], dtypes: list[str], threads: list[int]) -> None:
     """Print the parts of one token's call: the router and the call's fixed cost, beside the whole."""
     print(f"H {hidden}, I {inner}, one token\n")
@@ -150,11 +223,14 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 4, 8, 16, 64, 512])
     parser.add_argument("--profile", action="store_true", help="the parts of one token's call")
+    parser.add_argument("--int8", action="store_true", help="int8 weights, dense and sparse")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, C++ operator: {native.most_tokens() > 0}; ", end="")
     if args.profile:
         return profile(args.hidden, args.inner, args.layout, args.dtype, args.threads)
-    return table(args.hidden, args.inner, args.layout, args.dtype, args.threads, args.tokens)
+    return (int8_table if args.int8 else table)(
+        args.hidden, args.inner, args.layout, args.dtype, args.threads, args.tokens
+    )
 
 
 if __name__ == "__main__":

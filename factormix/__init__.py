@@ -4,8 +4,18 @@ from factormix.export.load import load
 from factormix.factor.config import FactorConfig, HealConfig
 from factormix.factor.factorize import factorize
 from factormix.factor.heal import heal
-from factormix.nn import Layout, SparseFFN
+from factormix.nn import Layout, SparseFFN, quantize
 from factormix.run.errors import FactorMixError
 
 __version__ = "0.1.0"
-__all__ = ["FactorConfig", "FactorMixError", "HealConfig", "Layout", "SparseFFN", "factorize", "heal", "load"]
+__all__ = [
+    "FactorConfig",
+    "FactorMixError",
+    "HealConfig",
+    "Layout",
+    "SparseFFN",
+    "factorize",
+    "heal",
+    "load",
+    "quantize",
+]

@@ -21,7 +21,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto import modeling_auto
 
-from factormix.nn import FactorMixMixin, base_class, factormix_class
+from factormix.nn import FactorMixMixin, base_class, factormix_class, refuse_quantised
 from factormix.run.directory import check_hashes, output_directory, sha256, write_json
 from factormix.run.errors import FactorMixError
 
@@ -78,8 +78,10 @@ def save(
             are refused.
 
     Raises:
-        FactorMixError: not a FactorMix model, an argument that is not supported, an existing directory, a full disk.
+        FactorMixError: not a FactorMix model, int8 weights, an argument that is not supported, an existing directory, a
+            full disk.
     """
+    refuse_quantised(model, "a FactorMix directory")
     if not isinstance(model, FactorMixMixin):
         raise FactorMixError(
             f"{type(model).__name__} has no sparse FFN; factorize it first, or use its own save_pretrained."

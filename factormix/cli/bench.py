@@ -20,7 +20,8 @@ from factormix.evaluate.shapes import SHAPES, random_models
 from factormix.evaluate.speed import DTYPES, Bench
 from factormix.evaluate.speed import bench as measure
 from factormix.evaluate.speed_table import write_speed
-from factormix.nn import Layout
+from factormix.nn import Layout, check_quantize
+from factormix.nn import quantize as quantize_ffns
 from factormix.run.errors import FactorMixError, choose
 from factormix.run.progress import say
 
@@ -59,6 +60,10 @@ def bench(
         ),
     ] = False,
     dtype: Annotated[list[str] | None, typer.Option("--dtype", help="repeat for more [float32]")] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option("--quantize", metavar="int8", help="int8 weights in the FFNs of both models"),
+    ] = None,
     threads: Annotated[list[int] | None, typer.Option("--threads", help="CPU threads; repeat for more [1]")] = None,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="tokens decoded a round")] = 32,
     repeats: Annotated[int, typer.Option("--repeats", help="timed rounds")] = 5,
@@ -78,12 +83,17 @@ def bench(
         choose("dtype", name, DTYPES)
     for name in beside or ():
         choose("--beside", name, COMPANIONS)
+    check_quantize(quantize)
+    if quantize and beside:
+        raise FactorMixError(f"--beside {beside[0]} shares the models' weights as they are: leave --quantize out.")
     dense: PreTrainedModel | None = None
     ids: Tensor | None = None
     if shape is not None:
         _refuse_beside_shape(shape, (model, against, adapter, gate, mix, text))
         dense, sparse = random_models(shape, Layout.parse(layout or DEFAULT_LAYOUT), DTYPES[dtypes[0]], seed)
         dense, sparse = dense.to(device), sparse.to(device)  # type: ignore[arg-type]
+        if quantize:
+            dense, sparse = quantize_ffns(dense), quantize_ffns(sparse)
     elif model is None or layout is not None:
         given = "no MODEL" if model is None else f"--layout {layout} beside {model!r}, which has its own"
         raise FactorMixError(f"bench received {given}. Name a MODEL, or --shape {' or '.join(SHAPES)}.")
@@ -92,8 +102,8 @@ def bench(
         if text:
             texts = "\n".join(read_documents([str(path) for path in locate_text(text, quiet)]).texts)[:TEXT_CHARACTERS]
             ids = torch.tensor(open_tokenizer(source)(texts, add_special_tokens=False)["input_ids"])
-        sparse = open_adapted(source, adapter or (), gate, mix, dtypes[0], device)
-        dense = None if base_source is None else open_model(base_source, dtypes[0], device)
+        sparse = open_adapted(source, adapter or (), gate, mix, dtypes[0], device, quantize=quantize)
+        dense = None if base_source is None else open_model(base_source, dtypes[0], device, quantize=quantize)
     batches, generated = tuple(batch or (1,)) if decode else (), tuple(generate or ())
     if (batches or generated) and not sparse.can_generate():
         say(f"{type(sparse).__name__} does not decode: prefill only.", quiet)
@@ -105,7 +115,7 @@ def bench(
         threads=threads or (1,), beside=beside or (), compiled=compiled, new_tokens=new_tokens, repeats=repeats,
         text=ids, seed=seed, quiet=quiet,
     )  # fmt: skip
-    result.settings["model"] = model or f"{shape} {layout or DEFAULT_LAYOUT}"
+    result.settings.update({"model": model or f"{shape} {layout or DEFAULT_LAYOUT}", "quantize": quantize})
     options.put_json(json, result.to_dict())
     if out is not None:
         write_speed(out, result.to_dict(), shlex.join(["factormix", *sys.argv[1:]]))

@@ -77,13 +77,14 @@ def evaluate(
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     device_map: options.DeviceMap = None,
+    quantize: options.Quantize = None,
     quiet: options.Quiet = False,
     json: options.Json = None,
 ) -> None:
     """Perplexity of MODEL on texts and, with --against, its ratio to the dense model and how often both agree.
 
     --suite core adds last-word accuracy and multiple choice, and what MODEL retains of the dense model's accuracy.
-    --text, --last-word and --tasks replace those of the suite.
+    --text, --last-word and --tasks replace those of the suite. --quantize leaves the dense model of --against as it is.
     """
     options.check_json(json)
     chosen = SUITES[choose("suite", suite, SUITES)] if suite else None
@@ -102,7 +103,7 @@ def evaluate(
     share = last_word_tokens // max(1, len(stories))
     passages = {stem: cut_passages(each.plain(tokenizer), tokenizer, share, seed) for stem, each in stories.items()}
     inside = in_domain or in_domain_of(source, documents, quiet)
-    sparse = open_adapted(source, adapter or (), gate, mix, dtype, device, device_map)
+    sparse = open_adapted(source, adapter or (), gate, mix, dtype, device, device_map, quantize)
     dense = None if base_source is None else open_model(base_source, dtype, device, device_map)
     answers = answer_for({"model": sparse}, dense, passages, asked, tokenizer, limit=limit, seed=seed, quiet=quiet)
     result = Evaluation({}, (), answers["model"], seed=seed)

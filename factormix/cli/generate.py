@@ -24,6 +24,7 @@ def generate(
     dtype: options.Dtype = "auto",
     device: options.Device = "cpu",
     device_map: options.DeviceMap = None,
+    quantize: options.Quantize = None,
     quiet: options.Quiet = False,
     json: options.Json = None,
 ) -> None:
@@ -31,7 +32,7 @@ def generate(
     options.check_json(json)
     source = locate(model, quiet)
     tokenizer = open_tokenizer(source)
-    opened = open_adapted(source, adapter or (), gate, mix, dtype, device, device_map)
+    opened = open_adapted(source, adapter or (), gate, mix, dtype, device, device_map, quantize)
     said = answer(opened, tokenizer, prompt, max_new_tokens, chat)
     options.put_json(json, {"schema_version": SCHEMA_VERSION, "prompt": prompt, "answer": said})
     typer.echo(said)

@@ -34,6 +34,8 @@ from factormix.data.asset_table import ASSETS
 from factormix.data.assets import fetch_named
 from factormix.data.text import read_documents
 from factormix.ffn.cost import empty_model
+from factormix.nn import check_quantize
+from factormix.nn import quantize as quantize_ffns
 from factormix.run.directory import sha256
 from factormix.run.errors import FactorMixError, choose, nearest
 
@@ -140,14 +142,20 @@ def check_compute(dtype: str, name: str) -> torch.device:
 
 
 def open_model(
-    source: Source, dtype: str = "float32", device: str = "cpu", device_map: str | None = None
+    source: Source,
+    dtype: str = "float32",
+    device: str = "cpu",
+    device_map: str | None = None,
+    quantize: str | None = None,
 ) -> PreTrainedModel:
-    """The model, with the head its config names, in eval mode.
+    """The model, with the head its config names, in eval mode; `quantize` "int8": see `factormix.quantize`.
 
     Raises:
-        FactorMixError: no model there, a file truncated or altered (named), weights missing, no such device or dtype.
+        FactorMixError: no model there, a file truncated or altered (named), weights missing, no such device or dtype;
+            an FFN that cannot be quantised.
     """
     target = check_compute(dtype, device)
+    check_quantize(quantize)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     config = read_config(source)
@@ -155,6 +163,8 @@ def open_model(
         model = checkpoint.load(source.path, dtype=DTYPES[dtype], device_map=device_map)
     else:
         model = _open_dense(source, config, DTYPES[dtype], device_map)
+    if quantize is not None:
+        model = quantize_ffns(model)
     return model.eval() if device_map else model.to(target).eval()  # type: ignore[arg-type]
 
 
@@ -178,6 +188,7 @@ def open_adapted(
     dtype: str = "float32",
     device: str = "cpu",
     device_map: str | None = None,
+    quantize: str | None = None,
 ) -> PreTrainedModel:
     """`open_model` with domain adapters beside its FFNs, all of them active, and gates over them; or with all of a
     stage-2 directory.
@@ -191,11 +202,11 @@ def open_adapted(
         if adapters or gate is not None:
             given = f"--adapter {list(adapters)}" if adapters else f"--gate {str(gate)!r}"
             raise FactorMixError(f"{given} beside --mix: {str(mix)!r} names its own adapters and gates. Give one.")
-        return _open_mixed(source, mix, dtype, device, device_map)
+        return _open_mixed(source, mix, dtype, device, device_map, quantize)
     if gate is not None and not adapters:
         raise FactorMixError(f"--gate {str(gate)!r} needs the adapters it weighs: give --adapter DIR, in its order.")
     folders = by_name("--adapter", adapters)
-    model = open_model(source, dtype, device, device_map)
+    model = open_model(source, dtype, device, device_map, quantize)
     if adapters:
         from factormix.mix.gated import open_adapters  # imports PEFT, which most commands do without
 
@@ -203,14 +214,16 @@ def open_adapted(
     return model.eval()
 
 
-def _open_mixed(source: Source, mix: Path, dtype: str, device: str, device_map: str | None) -> PreTrainedModel:
+def _open_mixed(
+    source: Source, mix: Path, dtype: str, device: str, device_map: str | None, quantize: str | None
+) -> PreTrainedModel:
     from factormix.mix.load import load_mix, read_task  # imports PEFT
 
     values = read_task(mix)
     if values["task_adapter"]["kind"] == "prefix":
         raise FactorMixError(f"{str(mix)!r} has a prefix, which only `factormix predict` puts before the text.")
     check_base(source, mix, values["base"])
-    loaded, _ = load_mix(mix, open_model(source, dtype, device, device_map))
+    loaded, _ = load_mix(mix, open_model(source, dtype, device, device_map, quantize))
     return loaded.model.eval()
 
 

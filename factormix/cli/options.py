@@ -52,6 +52,10 @@ DeviceMap = Annotated[
     str | None, typer.Option("--device-map", help="spread the model over devices, for example auto; replaces --device")
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, or auto for the checkpoint's own")]
+Quantize = Annotated[
+    str | None,
+    typer.Option("--quantize", metavar="int8", help="int8 weights in the FFNs of MODEL, made as it is loaded; CPU"),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing result, once the new one is whole")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="check everything, print the plan, compute nothing")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="no progress and no remarks on stderr")]

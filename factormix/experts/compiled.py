@@ -19,7 +19,9 @@ from factormix.experts.packed import PackedExperts
 _LIBRARY = torch.library.Library("factormix", "FRAGMENT")
 _LIBRARY.define(
     "ffn(Tensor x, Tensor? up, Tensor? down, Tensor? up_bias, Tensor? shared_up, Tensor? shared_down,"
-    " Tensor? shared_bias, Tensor? router, str activation, bool gated, int active, int gate, float factor) -> Tensor"
+    " Tensor? shared_bias, Tensor? router, str activation, bool gated, int active, int gate, float factor,"
+    " Tensor? up_scale=None, Tensor? down_scale=None, Tensor? shared_up_scale=None, Tensor? shared_down_scale=None)"
+    " -> Tensor"
 )
 
 
@@ -32,8 +34,7 @@ def serves(x: Tensor, parts: Sequence[PackedExperts], router: Tensor | None) -> 
         and x.dtype in native.DTYPES
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and all(part.activation in native.ACTIVATIONS and part.lie_ready(x) for part in parts)
-        and all(isinstance(part.up, Tensor) and part.up.dtype is x.dtype for part in parts)
+        and native.reads_parts(x, parts)
         and (router is None or native.reads(router))
         and _any_tokens()
     )
@@ -51,10 +52,11 @@ def forward(
     """All of a sparse FFN but its output bias, (T, H) -> (T, H); arguments as `native.plan` has them."""
     some = shared or experts
     assert some is not None
-    up, down, bias = (None, None, None) if experts is None else (experts.up, experts.down, experts.up_bias)
-    parts = (None, None, None) if shared is None else (shared.up, shared.down, shared.up_bias)
+    parts = (experts, shared)
+    weights = [None if part is None else getattr(part, n) for part in parts for n in ("up", "down", "up_bias")]
+    scales = [None if part is None else getattr(part, n) for part in parts for n in ("up_scale", "down_scale")]
     return torch.ops.factormix.ffn(  # type: ignore[no-any-return]
-        x, up, down, bias, *parts, router, some.activation, some.gated, active, gate, factor
+        x, *weights, router, some.activation, some.gated, active, gate, factor, *scales
     )
 
 
@@ -77,12 +79,19 @@ def _ffn(
     active: int,
     gate: int,
     factor: float,
+    up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    shared_up_scale: Tensor | None = None,
+    shared_down_scale: Tensor | None = None,
 ) -> Tensor:
-    experts = None if up is None or down is None else PackedExperts(up, down, up_bias, activation, gated)
-    shared = None
+    experts = shared = None
+    if up is not None and down is not None:
+        experts = PackedExperts(up, down, up_bias, activation, gated, up_scale, down_scale)
     if shared_up is not None and shared_down is not None:
-        shared = PackedExperts(shared_up, shared_down, shared_bias, activation, gated)
-    return native.forward(native.plan(experts, shared, router, active, gate, factor), x)
+        shared = PackedExperts(
+            shared_up, shared_down, shared_bias, activation, gated, shared_up_scale, shared_down_scale
+        )
+    return native.forward(native.plan(x.dtype, experts, shared, router, active, gate, factor), x)
 
 
 _LIBRARY.impl("ffn", _ffn, "CPU")

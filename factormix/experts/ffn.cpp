@@ -6,7 +6,7 @@
 // read: each row is read once, where it lies. More tokens stand side by side in vectors, and tiles of rows are
 // multiplied with them in registers: a row is read once for up to 64 tokens, and the neurons come out laid out as the
 // down projection wants them. Sums are float32 for every weight dtype. Two steps, neurons then outputs, in one parallel
-// region. Plain C++ without torch's headers: for any version of torch. No ISA flags: kernels.h is compiled for several
+// region. Weights may be int8 with a float32 scale a row (int8.h). Plain C++ without torch's headers: for any version of torch. No ISA flags: kernels.h is compiled for several
 // instruction sets, and the processor picks at run time.
 
 #include <algorithm>
@@ -58,6 +58,7 @@ INLINE float value(const Bf16* p) {
   std::memcpy(&f, &w, sizeof f);
   return f;
 }
+INLINE float value(const int8_t* p) { return *p; }
 INLINE Bf16 bf16_of(float f) {  // to the nearest, ties to even
   uint32_t w;
   std::memcpy(&w, &f, sizeof w);
@@ -70,6 +71,7 @@ enum Gate : int { kGiven, kConstant, kSigmoid };
 // One expert, or the shared neurons, and the tokens that want it.
 struct Block {
   const void *up, *down;            // (rows, H), (H, width)
+  const float *up_scales, *down_scales;  // (rows), (H) of int8 weights, or null
   const void* up_bias;              // (rows), float32 or bfloat16 as x, or null
   int64_t width, first_h;           // first_h: where its neurons begin in Ffn::h
   int tokens;
@@ -77,6 +79,8 @@ struct Block {
   const int* token;
   const float* weight;
 
+  INLINE float up_scale(int64_t row) const { return up_scales ? up_scales[row] : 1.0f; }
+  INLINE float down_scale(int64_t row) const { return down_scales ? down_scales[row] : 1.0f; }
   INLINE float bias(int64_t row, bool bf16) const {
     if (!up_bias) return 0.0f;
     return bf16 ? value(static_cast<const Bf16*>(up_bias) + row) : value(static_cast<const float*>(up_bias) + row);
@@ -90,7 +94,7 @@ struct Ffn {
   const void* router;
   int64_t tokens, hidden, routed;
   int kind;
-  bool gated, bf16, router_bf16;
+  bool gated, bf16, int8, router_bf16;  // bf16: x, and the weights too unless int8
   bool few, pairs;  // all blocks lean and added up in registers; bfloat16 multiplied as such
   int panel;  // tokens, a multiple of 16
   std::vector<Block> blocks;
@@ -110,9 +114,11 @@ namespace baseline {
 #define ROWS 6
 #define GROUPS 1
 #define PAIRS 0
+#define BITS 0
 #include "kernels.h"
 #undef ROWS
 #undef GROUPS
+#undef BITS
 }  // namespace baseline
 
 #ifdef SETS
@@ -121,9 +127,11 @@ namespace baseline {
 namespace avx2 {
 #define ROWS 6
 #define GROUPS 1
+#define BITS 256
 #include "kernels.h"
 #undef ROWS
 #undef GROUPS
+#undef BITS
 }  // namespace avx2
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -131,6 +139,7 @@ namespace avx2 {
 namespace avx512 {
 #define ROWS 12
 #define GROUPS 2
+#define BITS 512
 #include "kernels.h"
 }  // namespace avx512
 #pragma GCC pop_options
@@ -272,7 +281,8 @@ struct Call {
   const float* weights;  // (T, K) of gate kGiven, or null for 1
   const void *up, *down, *up_bias;                       // (R, rows, H), (R, H, W), (R, rows)
   const void *shared_up, *shared_down, *shared_up_bias;  // the same for one expert
-  int64_t tokens, hidden, routed, active, width, shared_width, bf16, router_bf16, kind, gated, gate, threads;
+  const float *up_scale, *down_scale, *shared_up_scale, *shared_down_scale;  // of int8 weights: (R, rows), (R, H)
+  int64_t tokens, hidden, routed, active, width, shared_width, bf16, int8, router_bf16, kind, gated, gate, threads;
   double factor;  // of gate kConstant
 };
 
@@ -281,7 +291,7 @@ namespace {
 Ffn ffn(const Call& c) {
   Ffn f{};
   f.hidden = c.hidden, f.routed = c.routed, f.kind = static_cast<int>(c.kind);
-  f.gated = c.gated, f.bf16 = c.bf16, f.router = c.router, f.router_bf16 = c.router_bf16;
+  f.gated = c.gated, f.bf16 = c.bf16, f.int8 = c.int8, f.router = c.router, f.router_bf16 = c.router_bf16;
   return f;
 }
 
@@ -328,21 +338,27 @@ bool mix(const Call& c, int64_t begin, int64_t end, const float* scores, int thr
       else if (c.weights) weight[at] = c.weights[(begin + t) * c.active + k];
     }
   int64_t neurons = 0;
-  auto add = [&](const void* up, const void* down, const void* bias, int64_t e, int64_t r, int64_t width, int count,
-                 const int* tokens, const float* weights) {
-    auto part = [&](const void* p, int64_t at) { return p ? static_cast<const char*>(p) + at * size : nullptr; };
-    const void *own_up = part(up, e * r * c.hidden), *own_down = part(down, e * c.hidden * width);
-    f.blocks.push_back({own_up, own_down, part(bias, e * r), width, 0, count, false, tokens, weights});
+  auto add = [&](const void* up, const void* down, const float* up_scale, const float* down_scale, const void* bias,
+                 int64_t e, int64_t r, int64_t width, int count, const int* tokens, const float* weights) {
+    auto part = [&](const void* p, int64_t at, int64_t each) {
+      return p ? static_cast<const char*>(p) + at * each : nullptr;
+    };
+    auto scales = [&](const float* p, int64_t at) { return p ? p + at : nullptr; };
+    const int64_t each = c.int8 ? 1 : size;
+    const void *own_up = part(up, e * r * c.hidden, each), *own_down = part(down, e * c.hidden * width, each);
+    f.blocks.push_back({own_up, own_down, scales(up_scale, e * r), scales(down_scale, e * c.hidden),
+                        part(bias, e * r, size), width, 0, count, false, tokens, weights});
     neurons += width;
   };
   if (c.shared_up) {
     for (int64_t t = 0; t < n; ++t) token[pairs + t] = static_cast<int>(t);
-    add(c.shared_up, c.shared_down, c.shared_up_bias, 0, 0, c.shared_width, static_cast<int>(n), &token[pairs],
-        &weight[pairs]);
+    add(c.shared_up, c.shared_down, c.shared_up_scale, c.shared_down_scale, c.shared_up_bias, 0, 0, c.shared_width,
+        static_cast<int>(n), &token[pairs], &weight[pairs]);
   }
   for (int64_t e = 0; e < c.routed; ++e)
     if (start[e + 1] > start[e])
-      add(c.up, c.down, c.up_bias, e, rows, c.width, start[e + 1] - start[e], &token[start[e]], &weight[start[e]]);
+      add(c.up, c.down, c.up_scale, c.down_scale, c.up_bias, e, rows, c.width, start[e + 1] - start[e],
+          &token[start[e]], &weight[start[e]]);
 
   run(f, neurons, threads);
   kept_all.leave(), kept_sums.leave();

@@ -29,7 +29,7 @@ def serves(x: Tensor, parts: Sequence[PackedExperts]) -> bool:
     return (
         _ready(x)
         and 0 < len(x) <= TOKENS
-        and all(part.activation in native.ACTIVATIONS and part.lie_ready(x) for part in parts)
+        and all(part.activation in native.ACTIVATIONS and part.lie_ready(x) and not part.int8 for part in parts)
         and len({(part.activation, part.gated, part.up_bias is None) for part in parts}) == 1
     )
 

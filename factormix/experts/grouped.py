@@ -17,7 +17,7 @@ def grouped(x: Tensor, chosen: Tensor, scale: Tensor | None, experts: PackedExpe
     The sum over a token's experts runs in the order of the expert index, whatever the batch.
     """
     k = chosen.shape[1]
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not experts.int8:
         experts = experts.unstacked(x.dtype)
     order = chosen.flatten().argsort(stable=True)  # (T*K,) token-expert pairs, sorted by expert
     token = order // k  # (T*K,)

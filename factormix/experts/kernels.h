@@ -1,6 +1,7 @@
 // The loops of ffn.cpp. Included once for each instruction set, inside a namespace of its own, with
 //   ROWS    rows of weights that a tile holds in registers, a multiple of 6
 //   GROUPS  groups of 16 tokens that a tile holds, 1 or 2
+//   BITS    of the processor's vectors where int8.h knows its instructions: 256 or 512; else 0
 //   PAIRS   1 where the processor multiplies pairs of bfloat16 (AVX512-BF16)
 
 #include "lanes.h"
@@ -33,7 +34,8 @@ void step(const Ffn& f, const Task* up, int64_t begin, int64_t end, Scratch& s) 
 // Some neurons; or, with null, outputs begin to end of all tokens.
 void step(const Ffn& f, const Task* up, int64_t begin, int64_t end, Scratch& s) {
 #if PAIRS
-  if (f.pairs) return step<Bf16, Bf16>(f, up, begin, end, s);
+  if (f.pairs) return f.int8 ? step<int8_t, Bf16>(f, up, begin, end, s) : step<Bf16, Bf16>(f, up, begin, end, s);
 #endif
+  if (f.int8) return step<int8_t, float>(f, up, begin, end, s);
   f.bf16 ? step<Bf16, float>(f, up, begin, end, s) : step<float, float>(f, up, begin, end, s);
 }

@@ -42,13 +42,14 @@ class _Call(ctypes.Structure):
         *[
             (name, ctypes.c_void_p)
             for name in (
-                "x y router scores chosen weights up down up_bias shared_up shared_down shared_up_bias"
+                "x y router scores chosen weights up down up_bias shared_up shared_down shared_up_bias "
+                "up_scale down_scale shared_up_scale shared_down_scale"
             ).split()
         ],
         *[
             (name, ctypes.c_int64)
             for name in (
-                "tokens hidden routed active width shared_width bf16 router_bf16 kind gated gate threads"
+                "tokens hidden routed active width shared_width bf16 int8 router_bf16 kind gated gate threads"
             ).split()
         ],
         ("factor", ctypes.c_double),
@@ -63,7 +64,14 @@ def takes(x: Tensor) -> bool:
 
 def serves(x: Tensor, parts: Sequence[PackedExperts]) -> bool:
     """Whether `decode` and `forward` compute these parts of x."""
-    return takes(x) and all(part.activation in ACTIVATIONS and part.lie_ready(x) for part in parts)
+    return takes(x) and reads_parts(x, parts)
+
+
+def reads_parts(x: Tensor, parts: Sequence[PackedExperts]) -> bool:
+    """Whether the operator can take weights of this form: activations it knows, all int8 or all of x's dtype."""
+    return len({part.int8 for part in parts}) == 1 and all(
+        part.activation in ACTIVATIONS and part.lie_ready(x) for part in parts
+    )
 
 
 def routes(x: Tensor, router: Tensor) -> bool:
@@ -91,10 +99,11 @@ class Plan:
     """A sparse FFN as the operator wants it: where its weights lie, not the weights."""
 
     call: _Call
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the tokens
 
 
 def plan(
+    dtype: torch.dtype,
     experts: PackedExperts | None,
     shared: PackedExperts | None,
     router: Tensor | None = None,
@@ -105,8 +114,9 @@ def plan(
     """Look up what does not change from call to call, of parts that the operator serves.
 
     Args:
+        dtype: of the tokens, and of the weights unless these are int8.
         experts: of R experts, or None.
-        shared: of one "expert", the shared neurons, or None. Either has the activation.
+        shared: of one "expert", the shared neurons, or None. Either has the activation; both are int8 or neither.
         router: (R, H), float32 or bfloat16, contiguous; or None where the choice is given.
         active: K, with a router.
         gate: with a router, CONSTANT: outputs times `factor`; or SIGMOID: times the score's sigmoid.
@@ -115,17 +125,19 @@ def plan(
     some = shared or experts
     assert some is not None and isinstance(some.up, Tensor)
     call = _Call(kind=ACTIVATIONS[some.activation], gated=some.gated)
-    call.hidden, call.bf16 = some.up.shape[2], DTYPES[some.up.dtype]
+    call.hidden, call.bf16, call.int8 = some.up.shape[2], DTYPES[dtype], some.int8
     if shared is not None:
-        call.shared_up, call.shared_down, call.shared_up_bias = _pointers(shared)
+        call.shared_up, call.shared_down, call.shared_up_bias = _pointers(shared.up, shared.down, shared.up_bias)
+        call.shared_up_scale, call.shared_down_scale = _pointers(shared.up_scale, shared.down_scale)
         call.shared_width = shared.down.shape[2]  # type: ignore[union-attr]
     if experts is not None:
-        call.up, call.down, call.up_bias = _pointers(experts)
+        call.up, call.down, call.up_bias = _pointers(experts.up, experts.down, experts.up_bias)
+        call.up_scale, call.down_scale = _pointers(experts.up_scale, experts.down_scale)
         call.routed, _, call.width = experts.down.shape  # type: ignore[union-attr]
     if router is not None:
         call.router, call.router_bf16 = router.data_ptr(), DTYPES[router.dtype]
         call.active, call.gate, call.factor = active, gate, factor
-    return Plan(call, some.up.dtype)
+    return Plan(call, dtype)
 
 
 def forward(found: Plan, x: Tensor) -> Tensor:
@@ -162,7 +174,7 @@ def decode(
     Raises:
         FactorMixError: an expert that does not exist, or twice in a row of `chosen`.
     """
-    call, y, kept = _started(plan(experts, shared), x)
+    call, y, kept = _started(plan(x.dtype, experts, shared), x)
     if experts is not None and chosen is not None:
         chosen, scale = chosen.contiguous(), None if scale is None else scale.float().contiguous()
         call.chosen, call.weights, call.active = chosen.data_ptr(), _pointer(scale), chosen.shape[1]
@@ -239,8 +251,8 @@ def _built(compiler: str) -> Path:
     return file
 
 
-def _pointers(parts: PackedExperts) -> tuple[int | None, int | None, int | None]:
-    return _pointer(parts.up), _pointer(parts.down), _pointer(parts.up_bias)
+def _pointers(*tensors: Tensor | tuple[Tensor, ...] | None) -> list[int | None]:
+    return [_pointer(tensor) for tensor in tensors]
 
 
 def _pointer(tensor: Tensor | tuple[Tensor, ...] | None) -> int | None:

@@ -3,6 +3,8 @@
 // The processor's own prefetching starts anew at each short row and block; the rows behind this one are wanted next.
 INLINE void ahead(const void* w, int64_t line) { __builtin_prefetch(static_cast<const char*>(w) + line + kAhead); }
 
+#include "int8.h"
+
 // The sum over lanes of sum[t] is w . x[t], for N tokens at a time.
 template <int N, typename W>
 INLINE void multiply(const W* w, const float* const* x, int64_t n, Lanes* sum) {
@@ -105,8 +107,8 @@ NOINLINE void lean_neurons(const Ffn& f, const Block& b, int64_t begin, int64_t 
       if (f.gated) store(u, totals(up[t]));
       for (int64_t r = 0; r < kLanes; ++r) {
         const int64_t at = std::min(j + r, end - 1);
-        g[r] += b.bias(at, f.bf16);
-        u[r] = f.gated ? u[r] + b.bias(b.width + at, f.bf16) : 1.0f;
+        g[r] = g[r] * b.up_scale(at) + b.bias(at, f.bf16);
+        u[r] = f.gated ? u[r] * b.up_scale(b.width + at) + b.bias(b.width + at, f.bf16) : 1.0f;
       }
       Lanes pre, factor;
       load(g, pre), load(u, factor);
@@ -137,7 +139,7 @@ NOINLINE void few_outputs(const Ffn& f, int64_t begin, int64_t end) {
       for (int64_t r = 0; r < n; ++r) {
         Lanes part[kLean];
         row(static_cast<const W*>(b.down) + (i + r) * b.width, h, b.tokens, b.width, part);
-        for (int t = 0; t < b.tokens; ++t) sum[b.token[t]][r] += part[t];
+        for (int t = 0; t < b.tokens; ++t) sum[b.token[t]][r] += part[t] * b.down_scale(i + r);
       }
     }
     for (int64_t t = 0; t < f.tokens; ++t) {
@@ -158,7 +160,7 @@ NOINLINE void lean_outputs(const Ffn& f, const Block& b, int64_t begin, int64_t 
     Lanes sum[kLean][kLanes], part[kLean];
     for (int64_t r = 0; r < n; ++r) {
       row(static_cast<const W*>(b.down) + (i + r) * b.width, h, b.tokens, b.width, part);
-      for (int t = 0; t < b.tokens; ++t) sum[t][r] = part[t];
+      for (int t = 0; t < b.tokens; ++t) sum[t][r] = part[t] * b.down_scale(i + r);
     }
     for (int t = 0; t < b.tokens; ++t) {
       for (int64_t r = n; r < kLanes; ++r) sum[t][r] = Lanes{};

@@ -42,8 +42,8 @@ INLINE void tile(const Bf16* const* w, const float* x, int64_t n, int64_t next, 
 }
 #endif
 
-template <int R, typename C>  // out (R, groups)
-NOINLINE void tiles(const C* const* w, const float* x, int groups, int64_t n, int64_t next, Lanes* out) {
+template <int R, typename C, typename Row>  // out (R, groups)
+NOINLINE void tiles(const Row* w, const float* x, int groups, int64_t n, int64_t next, Lanes* out) {
   const int64_t words = sizeof(C) == 2 ? n / 2 : n;
   int g = 0;
 #if GROUPS == 2
@@ -60,16 +60,16 @@ NOINLINE void tiles(const C* const* w, const float* x, int groups, int64_t n, in
   }
 }
 
-template <typename C>
-INLINE void tiles(int rows, const C* const* w, const float* x, int groups, int64_t n, int64_t next, Lanes* out) {
+template <typename C, typename Row>
+INLINE void tiles(int rows, const Row* w, const float* x, int groups, int64_t n, int64_t next, Lanes* out) {
   switch (rows) {
-    case ROWS: return tiles<ROWS>(w, x, groups, n, next, out);
+    case ROWS: return tiles<ROWS, C>(w, x, groups, n, next, out);
 #if ROWS > 8
-    case 8: return tiles<8>(w, x, groups, n, next, out);
+    case 8: return tiles<8, C>(w, x, groups, n, next, out);
 #endif
-    case 4: return tiles<4>(w, x, groups, n, next, out);
-    case 2: return tiles<2>(w, x, groups, n, next, out);
-    default: return tiles<1>(w, x, groups, n, next, out);
+    case 4: return tiles<4, C>(w, x, groups, n, next, out);
+    case 2: return tiles<2, C>(w, x, groups, n, next, out);
+    default: return tiles<1, C>(w, x, groups, n, next, out);
   }
 }
 
@@ -119,19 +119,20 @@ INLINE void many_neurons(const Ffn& f, const Task& task, Scratch& s) {
   Lanes out[ROWS * kPanel / kLanes];
   for (int64_t j = task.begin; j < task.end;) {
     const int rows = std::max(both, fitting((task.end - j) * both)), n = rows / both;
-    const C* w[ROWS];
+    decltype(as(static_cast<const W*>(nullptr), room, 0)) w[ROWS];
     for (int r = 0; r < rows; ++r) {
       const int64_t at = r < n ? j + r : b.width + j + r - n;
       w[r] = as(static_cast<const W*>(b.up) + at * f.hidden, room + r * f.hidden, f.hidden);
     }
-    tiles(rows, w, s.panel, groups, f.hidden, n * f.hidden, out);
+    tiles<C>(rows, w, s.panel, groups, f.hidden, n * f.hidden, out);
     for (int g = 0; g < groups; ++g) {
       Lanes factor, low = {};
       load(weight + g * kLanes, factor);
       for (int r = 0; r < n; ++r) {
-        Lanes v = out[r * groups + g] + b.bias(j + r, f.bf16);
+        const int64_t at = j + r, beside = b.width + at;
+        Lanes v = out[r * groups + g] * b.up_scale(at) + b.bias(at, f.bf16);
         v = factor * activate(f.kind, v);
-        if (f.gated) v *= out[(n + r) * groups + g] + b.bias(b.width + j + r, f.bf16);
+        if (f.gated) v *= out[(n + r) * groups + g] * b.up_scale(beside) + b.bias(beside, f.bf16);
         float* to = h + (g * words + (sizeof(C) == 2 ? (j + r) / 2 : j + r)) * kLanes;
         if (sizeof(C) == 4) store(to, v);
         else if (r % 2 == 0) low = v;
@@ -162,10 +163,12 @@ INLINE void many_outputs(const Ffn& f, int64_t begin, int64_t end, Scratch& s) {
         const int64_t n = std::min<int64_t>(kChunk, end - i);
         for (int64_t r = 0; r < n;) {
           const int rows = fitting(n - r);
-          const C* w[ROWS];
+          decltype(as(static_cast<const W*>(nullptr), room, 0)) w[ROWS];
           for (int q = 0; q < rows; ++q)
             w[q] = as(static_cast<const W*>(b.down) + (i + r + q) * b.width, room + q * b.width, b.width);
-          tiles(rows, w, h, groups, b.width, rows * b.width, out + r * groups);
+          tiles<C>(rows, w, h, groups, b.width, rows * b.width, out + r * groups);
+          if (b.down_scales)
+            for (int q = 0; q < rows * groups; ++q) out[r * groups + q] *= b.down_scale(i + r + q / groups);
           r += rows;
         }
         for (int64_t r = 0; r < n; r += kLanes)

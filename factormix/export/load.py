@@ -23,7 +23,8 @@ from factormix.export.containers import CONTAINERS
 from factormix.export.gates import Gates
 from factormix.export.needs import Needs, read_needs
 from factormix.export.tensors import FFN, folded
-from factormix.nn import SparseFFN, base_class
+from factormix.nn import Quantize, SparseFFN, base_class, check_quantize
+from factormix.nn import quantize as quantize_ffns
 from factormix.run.directory import read_json, write_json
 from factormix.run.errors import FactorMixError, choose
 
@@ -36,6 +37,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     device_map: str | dict[str, Any] | None = None,
     auto_class: str | None = None,
+    quantize: Quantize | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a FactorMix directory, or a stock container that ``factormix export`` wrote, as a FactorMix model.
@@ -44,10 +46,24 @@ def load(
         path: the directory, or the hub name of a FactorMix directory.
         dtype: of the weights; "auto" keeps the file's.
         device_map, auto_class, kwargs: see `factormix.checkpoint.load`; a container takes none of them.
+        quantize: "int8": see `factormix.quantize`.
 
     Raises:
-        FactorMixError: see `factormix.checkpoint.load`; a container that was approximated, which is another model.
+        FactorMixError: see `factormix.checkpoint.load`; a container that was approximated, which is another model;
+            another way to quantise.
     """
+    check_quantize(quantize)
+    model = _load(path, dtype, device_map, auto_class, **kwargs)
+    return model if quantize is None else quantize_ffns(model)
+
+
+def _load(
+    path: str | Path,
+    dtype: torch.dtype | str,
+    device_map: str | dict[str, Any] | None,
+    auto_class: str | None,
+    **kwargs: Any,
+) -> PreTrainedModel:
     if not (Path(path) / ORIGIN).is_file():
         return checkpoint.load(path, dtype, device_map, auto_class, **kwargs)
     given = {"device_map": device_map, "auto_class": auto_class, **kwargs}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from factormix.export.backbone import Backbone, read_backbone
-from factormix.nn import FactorMixMixin, Layout, SparseSpec, base_class, vocabulary_head
+from factormix.nn import FactorMixMixin, Layout, SparseSpec, base_class, refuse_quantised, vocabulary_head
 from factormix.nn.sparse_ffn import Gate
 from factormix.run.errors import FactorMixError
 
@@ -87,6 +87,7 @@ def read_needs(model: PreTrainedModel) -> Needs:
             f"{base_class(model).__name__} does not predict next tokens; the engines' containers are causal language "
             "models (...ForCausalLM). Use factormix.load."
         )
+    refuse_quantised(model, "a container")
     backbone = read_backbone(model.config)
     specs = tuple(ffn.spec for ffn in model.sparse_ffns().values())
     layers = backbone.common["num_hidden_layers"]

@@ -79,7 +79,7 @@ class DomainFFN(nn.Module):
         if not isinstance(ffn, SparseFFN):
             return cast(Tensor, ffn.get_submodule(self._up).weight)
         if ffn.shared is not None:
-            return ffn.shared.up_proj.weight
+            return cast(Tensor, ffn.shared.packed().up)
         assert ffn.experts is not None  # Layout refuses an FFN without neurons
         return cast(Tensor, ffn.experts.packed().up)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from factormix.experts import PackedExperts, compiled, gpu, native, run_experts
+from factormix.nn.int8 import Int8Neurons
 from factormix.nn.layout import Layout
 from factormix.nn.router import Router, RouterKind, make_router
 from factormix.run.errors import choose
@@ -124,7 +125,7 @@ class RoutedExperts(nn.Module):
 def _untouched(part: nn.Module | None) -> bool:
     """True for a part as it was made, whose weights alone say what it computes."""
     return part is None or (
-        type(part) in (SharedNeurons, RoutedExperts, Router)
+        type(part) in (SharedNeurons, RoutedExperts, Int8Neurons, Router)
         and not _heard(part)
         and all(type(inner) is nn.Linear and not _heard(inner) for inner in part._modules.values())
     )
@@ -138,7 +139,7 @@ class _Kept:
     """A SparseFFN's plan for the C++ operator, with what it was made from: to look that up for each token takes longer
     than a small FFN. What is compared for each token is laid out flat, for little of it is in a cache by then."""
 
-    def __init__(self, ffn: SparseFFN) -> None:
+    def __init__(self, ffn: SparseFFN, dtype: torch.dtype) -> None:
         parts = [part for part in (ffn.shared, ffn.experts, ffn.router) if part is not None]
         owners = [ffn, *([] if ffn.shared is None else [ffn.shared])]
         self.modules = [
@@ -156,7 +157,7 @@ class _Kept:
         said = [(ffn.router, "active"), (ffn.shared, "activation"), (ffn.experts, "activation")]
         self.said = [(part.__dict__, name, getattr(part, name)) for part, name in said if part is not None]
         experts, shared = ffn._packed()
-        self.plan = native.plan(experts, shared, *ffn._routing())
+        self.plan = native.plan(dtype, experts, shared, *ffn._routing())
 
     def stands(self) -> bool:
         """Whether nobody has put anything in the place of a part or a weight since, nor a hook on a part."""
@@ -245,7 +246,7 @@ class SparseFFN(nn.Module):
             return None
         if self.router is not None and not (_untouched(self.router) and native.routes(x, self.router.weight)):
             return native.decode(x, *self._routed(x), experts, shared)
-        kept = _KEPT[self] = _Kept(self)
+        kept = _KEPT[self] = _Kept(self, x.dtype)
         return native.forward(kept.plan, x)
 
     def _packed(self) -> tuple[PackedExperts | None, PackedExperts | None]:

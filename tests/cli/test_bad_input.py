@@ -211,6 +211,10 @@ def test_commands_that_lack_something(refused: Refused, sparse: Path, llama: Pat
     assert "'int8'" in refused("bench", sparse, "--dtype", "int8")
     assert "Did you mean 'active-width'" in refused("bench", sparse, "--beside", "activewidth")
     assert "--against" in refused("bench", sparse, "--no-prefill", "--beside", "active-width")
+    assert "leave --quantize out" in refused("bench", sparse, "--beside", "active-width", "--quantize", "int8")
+    assert all(
+        "'int4'" in refused(*each, "--quantize", "int4") for each in (("bench", sparse), ("generate", sparse, "a"))
+    )
     assert "no MODEL" in refused("bench")
     assert "--layout S1A1E4" in refused("bench", sparse, "--layout", "S1A1E4")
     assert "leave MODEL" in refused("bench", sparse, "--shape", "tinyllama")

@@ -143,6 +143,20 @@ def test_bench(run: Run, sparse: Path, llama: Path, text: Path) -> None:
         (phase, name) for phase in ("decode", "prefill") for name in ("dense", "factormix")
     ]
     assert result["settings"]["dtype"] == "float32" and result["settings"]["threads"] == 1
+    memory = {r["implementation"]: r["peak_bytes"] for r in result["runs"]}
+    run("bench", sparse, "--against", llama, *quick, "--quantize", "int8", "--json", "q.json")
+    result = read("q.json")
+    assert result["settings"]["quantize"] == "int8" and result["prefill"]["32"]["ratio"] > 0
+    assert all(r["peak_bytes"] < memory[r["implementation"]] for r in result["runs"] if r["phase"] == "prefill")
+
+
+def test_int8_weights_in_eval_and_generate(run: Run, sparse: Path, llama: Path, text: Path) -> None:
+    """The dense model of --against stays as it is."""
+    short = ("--text", text, "--window", 32, "--tokens", 64)
+    run("eval", llama, "--against", llama, *short, "--quantize", "int8", "--json", "e.json")
+    scores = next(iter(read("e.json")["perplexity"].values()))
+    assert scores["model"] != scores["base"] and abs(scores["ratio"] - 1) < 0.1
+    assert run("generate", sparse, "a b", "--max-new-tokens", 4, "--quantize", "int8", "--json", "g.json")
 
 
 def test_bench_of_a_shape_writes_a_folder(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
