@@ -77,7 +77,8 @@ def wanted(
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    return float((got.float().cpu() - want).norm() / want.norm().clamp_min(1e-6))
+    """Below 1e-4 float16 has too few bits for a relative error."""
+    return float((got.float().cpu() - want).norm() / want.norm().clamp_min(1e-4))
 
 
 @settings(max_examples=60, deadline=None)
