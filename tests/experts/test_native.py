@@ -90,6 +90,16 @@ def test_it_is_the_reference(at: int, data: st.DataObject, seed: int) -> None:
 
 
 @pytest.mark.parametrize("at", LEVELS)
+def test_choices_given_from_outside_hold_for_more_tokens_than_are_grouped_at_a_time(at: int) -> None:
+    torch.manual_seed(0)
+    x, experts = torch.randn(1100, 8), pack(5, 4, 8, True, False, "silu", torch.float32)
+    chosen, scale = torch.rand(1100, 5).topk(2, 1).indices, torch.rand(1100, 2)
+    with level(at):
+        got = native.decode(x, chosen, scale, experts, None)
+    assert torch.allclose(got, reference(x, chosen, scale, plain(experts)), atol=1e-5)
+
+
+@pytest.mark.parametrize("at", LEVELS)
 def test_activations_are_those_of_pytorch(at: int) -> None:
     """Of single numbers, far ones too: with unit weights the output is the activation of x."""
     x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, 1e-30, -1e-30, 1e30, -1e30])])[:, None]  # (T, 1)
