@@ -103,7 +103,7 @@ def read_needs(model: PreTrainedModel) -> Needs:
         raise FactorMixError("the FFNs have no gate projection; the experts of every container have one.")
     pruned = [spec.layout for spec in specs if not spec.layout.routed]
     whole = [layout for layout in pruned if not layout.dropped]
-    if whole:
+    if whole and len(whole) < len(specs):
         raise FactorMixError(
             f"{len(whole)} of {len(specs)} FFNs run whole ({whole[0]}), as --allocation global makes them where "
             "errors cost most; a container has experts in every layer. Factor with --allocation uniform."

@@ -44,7 +44,7 @@ class ActivationStats:
         """
         neurons = self.weights.neurons(x, self.act).float()  # (T, I)
         square = neurons.square()  # (T, I)
-        share = _relative(square * self.down_squares().to(x.device)).sum(0).cpu()  # (I,)
+        share = relative(square * self.down_squares().to(x.device)).sum(0).cpu()  # (I,)
         if not bool(torch.isfinite(share).all()):
             raise FactorMixError(
                 "NaN or infinity among the neurons on the calibration text; check the model, or use --dtype float32."
@@ -82,7 +82,7 @@ class ActivationStats:
         """(n, I) the same share at each token of the sample; rows sum to 1."""
         device, dtype = self.weights.up.device, self.weights.up.dtype
         neurons = self.weights.neurons(self.sample.to(device, dtype), self.act).float()  # (n, I)
-        return _relative(neurons.square().cpu() * self.down_squares())
+        return relative(neurons.square().cpu() * self.down_squares())
 
     def down_squares(self) -> Tensor:
         """(I,) |d_j|^2, on the CPU."""
@@ -95,6 +95,6 @@ class ActivationStats:
         return order[:count].sort().values, order[count:].sort().values
 
 
-def _relative(energy: Tensor) -> Tensor:
+def relative(energy: Tensor) -> Tensor:
     """Each row (T, I) divided by its sum."""
     return energy / energy.sum(1, keepdim=True).clamp_min(1e-30)

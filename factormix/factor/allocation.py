@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from factormix.factor.activations import ActivationStats
+from factormix.factor.activations import relative
+from factormix.factor.fit import MASSIVE, squares
 from factormix.factor.lockstep import Batch, batches_of
 from factormix.factor.losses import last_states
 from factormix.ffn import FFNSite, FFNWeights, isolate, weights
@@ -37,7 +38,6 @@ from factormix.train import bf16_pays
 
 TOKENS = 4096  # of the calibration text: one forward and backward
 LOUDEST = 10.0  # medians of |g|^2 up to which a token's gradient counts in full
-MASSIVE = 4.0  # medians of |F|^2 up to which a token's error counts in full
 LEAST = 0.5  # of the mean active fraction: what every FFN keeps
 
 
@@ -62,13 +62,19 @@ def allocate(
     found = inputs_and_gradients(model, sites, batches, seed, quiet)
     costs = {}
     for site in sites:
-        costs[site] = error_costs(weights(model, site), site.act(), *found.pop(site), layout)
-        if not bool(torch.isfinite(costs[site]).all()):
-            raise FactorMixError(
-                f"NaN or infinity among the gradients at FFN {site.index} on the calibration text; check the model, "
-                "use --dtype float32, or --allocation uniform."
-            )
+        x, gradient = found.pop(site)
+        _refuse_nan(gradient, site)
+        costs[site] = error_costs(weights(model, site), site.act(), x, gradient, layout)
+        _refuse_nan(costs[site], site)
     return share_out(costs, layout)
+
+
+def _refuse_nan(found: Tensor, site: FFNSite) -> None:
+    if not bool(torch.isfinite(found).all()):
+        raise FactorMixError(
+            f"NaN or infinity among the gradients or neurons of FFN {site.index} on the calibration text; check the "
+            "model, use --dtype float32, or --allocation uniform."
+        )
 
 
 def inputs_and_gradients(
@@ -154,10 +160,9 @@ def error_costs(weights: FFNWeights, act: Activation, x: Tensor, gradient: Tenso
         (E + 1,) float64: with 0, 1, ... E slices; the last is 0.
     """
     x = x.to(weights.up.dtype)
-    stats = ActivationStats(weights, act)
-    stats.update(x)
-    order = stats.energy.argsort(descending=True).to(x.device)
-    z, down = weights.neurons(x, act).float()[:, order], weights.down.float()[order]  # (T, I), (I, H)
+    z, down = weights.neurons(x, act).float(), weights.down.float()  # (T, I), (I, H)
+    order = relative(z.square() * squares(down)).mean(0).argsort(descending=True)  # (I,)
+    z, down = z[:, order], down[order]
     g = gradient.float() * _weight(gradient, LOUDEST).sqrt().unsqueeze(-1)  # (T, H)
     fisher = g.T @ g / len(g)  # (H, H)
     fisher.diagonal().add_(1e-6 * fisher.diagonal().mean().clamp_min(1e-30))
@@ -172,7 +177,7 @@ def error_costs(weights: FFNWeights, act: Activation, x: Tensor, gradient: Tenso
 
 def _weight(x: Tensor, medians: float) -> Tensor:
     """(T,) 1 for a row of x (T, H) whose square is at most so many medians, less for larger ones."""
-    square = x.float().square().sum(-1)  # (T,)
+    square = squares(x)  # (T,)
     return (medians * square.median() / square.clamp_min(1e-30)).clamp_max(1)
 
 

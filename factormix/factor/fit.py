@@ -147,7 +147,7 @@ def fit_weights(ffn: SparseFFN, x: Tensor, target: Tensor, config: FactorConfig,
     """
     dtype = next(ffn.parameters()).dtype
     ffn.float().train()
-    weighing = _squares(target)  # (T,)
+    weighing = squares(target)  # (T,)
     weighing = (weighing + FLOOR * weighing.median()).clamp_min(1e-30)
     steps = max(1, round(config.fit_passes * len(x) / BATCH))
     groups = [
@@ -159,7 +159,7 @@ def fit_weights(ffn: SparseFFN, x: Tensor, target: Tensor, config: FactorConfig,
     for batch in _batches(len(x), BATCH, steps, generator, x.device):
         with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16_pays(x.device)):
             missed = target[batch].float() - ffn(x[batch].float()).float()  # (B, H)
-            loss = (_squares(missed) / weighing[batch]).mean()
+            loss = (squares(missed) / weighing[batch]).mean()
             loss.backward()
         _refuse_nan(loss, "the layer fit")
         optimiser.step()
@@ -175,13 +175,13 @@ def fit_down(ffn: SparseFFN, x: Tensor, target: Tensor, ridge: float) -> None:
     gram = torch.zeros(len(old), len(old), device=x.device)  # (I, I)
     moment = torch.zeros_like(old)  # (I, H)
     prior = torch.zeros(len(old), device=x.device)  # (I,)
-    median = _squares(target).median()
+    median = squares(target).median()
     for xs, fs in zip(x.split(CHUNK), target.split(CHUNK), strict=True):
         z = gated_neurons(ffn, xs)  # (C, I)
         left = fs.float() if ffn.bias is None else fs.float() - ffn.bias.float()
         gram += z.T @ z
         moment += z.T @ (left - z @ old)  # what the old projection leaves
-        massive = _squares(fs) / (MASSIVE * median).clamp_min(1e-30)  # (C,)
+        massive = squares(fs) / (MASSIVE * median).clamp_min(1e-30)  # (C,)
         prior += (z.square() / massive.clamp_min(1).unsqueeze(-1)).sum(0)
     gram.diagonal().add_(ridge * prior + 1e-6 * prior.mean().clamp_min(1e-30))
     scale = gram.diagonal().rsqrt()  # unit diagonal: a well-conditioned system for the Cholesky factor
@@ -247,7 +247,7 @@ def _rms(x: Tensor) -> float:
     return float(x.detach().float().square().mean().sqrt())
 
 
-def _squares(x: Tensor) -> Tensor:
+def squares(x: Tensor) -> Tensor:
     """|x_t|^2 of each row: (T, H) -> (T,) float32."""
     return x.float().square().sum(-1)
 

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factormix.data.packing import Packed
 from factormix.factor.config import FactorConfig
 from factormix.factor.factorize import packed_text, replace_ffns
-from factormix.factor.fit import CHUNK, FLOOR, SiteReport, fit_site
+from factormix.factor.fit import CHUNK, FLOOR, SiteReport, fit_site, squares
 from factormix.factor.heal import heal
 from factormix.factor.lockstep import Lockstep
 from factormix.ffn import FFNSite, isolate, shared_copy
@@ -198,7 +198,7 @@ def most_useful(ffn: SparseFFN, x: Tensor, target: Tensor, count: int) -> list[i
     packed, routed = ffn.experts.packed(), ffn.spec.layout.routed
     gram = torch.zeros(routed, routed, device=x.device)  # (R, R) sum_t w_t E_i . E_j
     moment = torch.zeros(routed, device=x.device)  # (R,) sum_t w_t E_i . (F - S)
-    size = target.float().square().sum(-1)  # (T,)
+    size = squares(target)  # (T,)
     weight = (size + FLOOR * size.median()).clamp_min(1e-30).reciprocal()  # (T,)
     for xs, fs, ws in zip(x.split(CHUNK), target.split(CHUNK), weight.split(CHUNK), strict=True):
         outputs = torch.stack([packed.run(i, xs).float() for i in range(routed)], dim=1)  # (C, R, H)

@@ -131,6 +131,15 @@ def test_a_factored_model_has_the_allocation_and_a_resumed_run_keeps_it(tmp_path
     assert [str(ffn.spec.layout) for ffn in even.sparse_ffns().values()] == ["S1A1E4", "S1A1E4"]
 
 
+def test_nan_in_gradients_alone_is_refused() -> None:
+    """A model that predicts no tokens: its last states are NaN, its neurons are not."""
+    model = tiny_model("bert-base")
+    with torch.no_grad():
+        model.encoder.layer[-1].output.LayerNorm.weight[0] = float("nan")
+    with pytest.raises(FactorMixError, match="NaN.*FFN 0"):
+        allocate(model, find_sites(model), HALF, windows().input_ids, quiet=True)
+
+
 def test_nan_is_refused() -> None:
     model = tiny_model("bert")
     with torch.no_grad():

@@ -206,3 +206,16 @@ def test_factorize_heals_when_asked(tmp_path: Path) -> None:
     work = work_directory(tmp_path / "out", config, {})
     sparse = factorize(dense, config, windows(), healing=windows(64), work=work, quiet=True)
     assert sparse.config.factormix["made_by"]["healing"]["tokens"] == 256
+
+
+def test_routers_cannot_be_trained_where_there_are_none_and_whole_ffns_are_left_out() -> None:
+    dense = tiny_model("llama")
+    static = factorize(dense, FactorConfig.parse("S2A0E4", layer_fit=False, **QUICK), windows(), quiet=True)
+    with pytest.raises(FactorMixError, match="pa 0.1 .*has none"):
+        heal(static, dense, windows(), STEPS.replace(pa=0.1), quiet=True)
+    with torch.no_grad():
+        dense.model.layers[1].mlp.down_proj.weight.mul_(0.05)  # so the first FFN runs whole
+    sparse = factorize(dense, FactorConfig.parse("S3A3E8", layer_fit=False, **QUICK), windows(), quiet=True)
+    assert [ffn.router is None for ffn in sparse.sparse_ffns().values()] == [True, False]
+    history = heal(sparse, dense, windows(), STEPS.replace(pa=0.1), quiet=True)["metrics"]["history"]
+    assert history[0]["pa"] > 0
