@@ -39,7 +39,7 @@ def assemble(spec: SparseSpec, weights: FFNWeights, assignment: Assignment) -> S
     ffn = ffn.to_empty(device=weights.up.device).to(weights.up.dtype)
     order = assignment.order.to(weights.up.device)
     cut = len(assignment.shared)
-    up, bias = _stacked(weights.up, weights.gate), _stacked(_bias(weights), _bias(weights, gate=True))
+    up, bias = weights.stacked(), weights.stacked_biases()
     down = weights.down[order]  # (I, H), less the dropped ones
     if ffn.shared is not None:
         ffn.shared.up_proj.weight.copy_(_rows(up, order[:cut]))  # (2SW, H)
@@ -67,21 +67,6 @@ def assemble(spec: SparseSpec, weights: FFNWeights, assignment: Assignment) -> S
     return ffn
 
 
-def _bias(weights: FFNWeights, gate: bool = False) -> Tensor | None:
-    """The bias of the up (or gate) projection; zeros where only the other one has a bias."""
-    own, other = (weights.gate_bias, weights.up_bias) if gate else (weights.up_bias, weights.gate_bias)
-    if gate and weights.gate is None:
-        return None
-    return own if own is not None else None if other is None else torch.zeros_like(other)
-
-
-def _stacked(up: Tensor | None, gate: Tensor | None) -> tuple[Tensor, ...] | None:
-    if up is None:
-        return None
-    return (up,) if gate is None else (gate, up)
-
-
-def _rows(parts: tuple[Tensor, ...] | None, neurons: Tensor) -> Tensor:
+def _rows(parts: tuple[Tensor, ...], neurons: Tensor) -> Tensor:
     """The neurons' rows of gate then up, (W or 2W, ...)."""
-    assert parts is not None
     return torch.cat([part[neurons] for part in parts])

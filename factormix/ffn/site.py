@@ -47,6 +47,17 @@ class FFNWeights:
     gate_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
+    def stacked(self) -> tuple[Tensor, ...]:
+        """What makes the neurons, in the order of packed weights: gate and up, or up alone, (I, H) each."""
+        return (self.up,) if self.gate is None else (self.gate, self.up)
+
+    def stacked_biases(self) -> tuple[Tensor, ...] | None:
+        """The same of their biases, (I,) each: zeros where only the other has one, None where neither has."""
+        biases = (self.up_bias,) if self.gate is None else (self.gate_bias, self.up_bias)
+        if all(bias is None for bias in biases):
+            return None
+        return tuple(self.up.new_zeros(len(self.up)) if bias is None else bias for bias in biases)
+
     def neurons(self, x: Tensor, act: Activation) -> Tensor:
         """Post-activation neurons: ``act(gate) * up`` or ``act(up)``; x (..., H) -> (..., I)."""
         up = nn.functional.linear(x, self.up, self.up_bias)  # (..., I)

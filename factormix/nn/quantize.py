@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any, Literal, TypeVar, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from factormix.experts import PackedExperts
@@ -87,22 +87,17 @@ def refuse_quantised(model: nn.Module, what: str) -> None:
 
 def _all_shared(site: FFNSite, parts: FFNWeights) -> SparseFFN:
     """A dense FFN as one slice that is always on, its neurons int8."""
-    biased = site.up_bias or site.gate_bias
+    bias = parts.stacked_biases()
+    biased = bias is not None
     spec = SparseSpec(
         site.hidden, site.inner, 1, 0, 1, site.activation, site.gated, up_bias=biased, down_bias=site.down_bias
     )
     with torch.device("meta"):
         ffn = SparseFFN(spec)
-    up = parts.up if parts.gate is None else torch.cat([parts.gate, parts.up])  # (I or 2I, H)
-    packed = PackedExperts(up[None], parts.down.T[None], _bias(parts) if biased else None, site.activation, site.gated)
+    up = torch.cat(parts.stacked())[None]  # (1, I or 2I, H)
+    up_bias = None if bias is None else torch.cat(bias)[None]  # (1, I or 2I)
+    packed = PackedExperts(up, parts.down.T[None], up_bias, site.activation, site.gated)
     ffn.shared = Int8Neurons(packed)  # type: ignore[assignment]
     if ffn.bias is not None and parts.down_bias is not None:
         ffn.bias = nn.Parameter(parts.down_bias.detach().clone())
     return ffn.eval()
-
-
-def _bias(parts: FFNWeights) -> Tensor:
-    """(1, I or 2I): zeros where only one of gate and up has a bias."""
-    zeros = parts.up.new_zeros(len(parts.up))
-    halves = [parts.up_bias] if parts.gate is None else [parts.gate_bias, parts.up_bias]
-    return torch.cat([zeros if half is None else half for half in halves])[None]
