@@ -19,6 +19,7 @@ from factormix.cli.eval import evaluate
 from factormix.cli.export import export
 from factormix.cli.factor import factor
 from factormix.cli.generate import generate
+from factormix.cli.heal import heal
 from factormix.cli.inject import inject
 from factormix.cli.inspect import inspect
 from factormix.cli.merge import merge
@@ -30,6 +31,7 @@ from factormix.run.errors import FactorMixError
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "factor": factor,
+    "heal": heal,
     "eval": evaluate,
     "sweep": sweep,
     "generate": generate,

@@ -6,7 +6,7 @@ A model without a head over the vocabulary has no logits to compare: instead of 
 hidden states, |h - h_dense|^2 / |h_dense|^2, mean over tokens.
 
 Experts, shared neurons and routers train; embeddings, attention, norms and heads are frozen (and, when the student came
-from `factorize`, are the teacher's own tensors: the teacher costs its FFNs only).
+from `factorize` or through `share_frozen`, are the teacher's own tensors: the teacher costs its FFNs only).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from factormix.factor.fit import label_tokens
 from factormix.factor.lockstep import batches_of
 from factormix.factor.losses import hidden_distance, last_states, load_balance, router_loss
 from factormix.ffn import FFNSite, find_sites, isolate
-from factormix.nn import FactorMixMixin, SparseFFN, vocabulary_head
+from factormix.nn import FactorMixMixin, SparseFFN, sites_of, vocabulary_head
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 from factormix.train import LoopConfig, bf16_pays, distillation, train
@@ -89,6 +89,24 @@ def heal(
         folder = scratch if work is None else work.path / "healing"
         result = train(student, text, loss, rates, loop, folder, label="healing", quiet=quiet)
     return asdict(result)
+
+
+def share_frozen(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Let the student, loaded from its own directory, use the teacher's tensors outside the FFNs, as after `factorize`.
+
+    Raises:
+        FactorMixError: the teacher is sparse, or not the dense model that the student was made from.
+    """
+    if isinstance(teacher, FactorMixMixin) or sites_of(teacher) != sites_of(student):
+        raise FactorMixError(
+            f"this {type(teacher).__name__} is not the dense model that this {type(student).__name__} was made from; "
+            "give that one: healing teaches the sparse model to speak as it does."
+        )
+    theirs = dict(teacher.named_parameters())
+    for name, parameter in student.named_parameters():
+        other = theirs.get(name)
+        if other is not None and other.device == parameter.device and torch.equal(other, parameter):
+            parameter.data = other.data
 
 
 class HealingLoss:
