@@ -91,7 +91,7 @@ class Documents:
 
 
 def read_documents(source: str | Path | Documents | Sequence[str | Path]) -> Documents:
-    """Read one file or several of the same kind (chats go with plain text), or take documents given as strings.
+    """Read one file or several (facts by themselves, all other kinds together), or take documents given as strings.
 
     Args:
         source: a path, or a list of paths, or a list of strings. In a list, a string that ends in .txt or .jsonl or
@@ -99,7 +99,7 @@ def read_documents(source: str | Path | Documents | Sequence[str | Path]) -> Doc
 
     Raises:
         FactorMixError: a file is missing, empty, binary, not UTF-8 (the byte offset is named), of another suffix, or
-            holds a line that does not parse or lacks the keys (the line is named); or kinds are mixed.
+            holds a line that does not parse or lacks the keys (the line is named); or facts are mixed with other text.
     """
     if isinstance(source, Documents):
         return source
@@ -276,9 +276,9 @@ def _join(parts: list[Documents]) -> Documents:
     if len(parts) == 1:
         return parts[0]
     kinds = {part.kind for part in parts}
-    if len(kinds) > 1 and kinds != {"text", "chat"}:
+    if len(kinds) > 1 and "knowledge" in kinds:
         listed = ", ".join(f"{part.name} is {part.kind}" for part in parts)
-        raise FactorMixError(f"text files of different kinds: {listed}; give one kind at a time.")
+        raise FactorMixError(f"facts go with no other kind of text: {listed}; give one kind at a time.")
     return Documents(
         "+".join(part.name for part in parts),
         "text" if len(kinds) > 1 else parts[0].kind,

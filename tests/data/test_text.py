@@ -102,8 +102,10 @@ def test_several_files(tmp_path: Path) -> None:
     assert both.sha256 != read_documents([two, one]).sha256
     assert read_documents([one]) == read_documents(one)
     labelled = write(tmp_path / "three.jsonl", [{"text": "c", "label": 1}])
-    with pytest.raises(FactorMixError, match="one is text, three is labelled"):
-        read_documents([one, labelled])
+    assert read_documents([one, labelled]).kind == "text"
+    fact = write(tmp_path / "four.jsonl", [{"prompt": "a", "targets": ["b"]}])
+    with pytest.raises(FactorMixError, match="one is text, four is knowledge"):
+        read_documents([one, fact])
 
 
 def test_strings_from_python(tmp_path: Path) -> None:
@@ -137,6 +139,9 @@ def test_a_chat_is_read_in_the_template_of_the_tokenizer(tmp_path: Path) -> None
     tokenizer.chat_template = template
     both = read_documents([write(tmp_path / "b.txt", "some text"), tmp_path / "a.jsonl"])
     assert (both.kind, both.plain(tokenizer)) == ("text", ["some text", "<user>hi"])
+    review = write(tmp_path / "c.jsonl", [{"text": "fine", "label": 1}])
+    all_three = read_documents([review, tmp_path / "b.txt", tmp_path / "a.jsonl"])
+    assert (all_three.kind, all_three.plain(tokenizer)) == ("text", ["fine", "some text", "<user>hi"])
     plain = read_documents(["any text"])
     assert plain.plain(tokenizer) == plain.texts
 
