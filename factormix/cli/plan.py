@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from factormix.checkpoint import FactorMixConfig
 from factormix.cli.inspect import site_table
+from factormix.factor.allocation import TOKENS
 from factormix.factor.config import FactorConfig
 from factormix.factor.keep import check_keep, kept_slices
 from factormix.ffn.cost import Inspection
@@ -17,6 +18,8 @@ from factormix.run.errors import FactorMixError
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TRAINING_BYTES = 16  # a trained parameter: float32 gradient, two Adam moments, and a copy while a checkpoint is written
 STATE_BYTES = 12  # a token and hidden unit: the live states of a halted forward
+GRAPH_STATES = (20, 6)  # of a layer in autograd's graph: tensors (T, H) and (T, I), in bfloat16
+LOGITS = 3  # tensors (T, V) in float32: logits, log-probabilities, their gradient
 
 
 def describe_layout(found: Inspection, config: FactorConfig) -> list[str]:
@@ -69,7 +72,11 @@ def describe_keep(model: PretrainedConfig, config: FactorConfig) -> list[str]:
 
 
 def estimated_bytes(found: Inspection, config: FactorConfig, dtype: str) -> int:
-    """Peak memory of the factorisation, roughly: the model, one dense FFN beside its sparse one, calibration states."""
+    """Peak memory of the factorisation, roughly (SmolLM2 takes a fifth more than this and torch).
+
+    The model, one dense FFN beside its sparse one, calibration states, and the graph of a window where gradients cross
+    layers (allocation, healing); what is freed in between is not given back, so the parts add up.
+    """
     size = ELEMENT_BYTES.get(dtype, 4)
     hidden = max(group.hidden for group in found.groups)
     inner = max(group.inner for group in found.groups)
@@ -79,6 +86,14 @@ def estimated_bytes(found: Inspection, config: FactorConfig, dtype: str) -> int:
     total = found.parameters * size + largest * size + states + fitting
     if config.heal.tokens:
         total += found.ffn_parameters * (size + TRAINING_BYTES)  # the teacher's FFNs, and what training holds
+    sites = sum(group.sites for group in found.groups)
+    if config.shares_out:
+        total += min(config.tokens, TOKENS) * hidden * sites * 4  # bfloat16 inputs and gradients of all FFNs
+    if config.shares_out or config.heal.tokens:
+        of_hidden, of_inner = GRAPH_STATES
+        layers = sites * (of_hidden * hidden + of_inner * inner) * 2
+        vocabulary = found.embedding_parameters // hidden
+        total += config.window * (layers + LOGITS * 4 * vocabulary) + found.parameters * 2  # weights in bfloat16
     return total
 
 
