@@ -24,6 +24,7 @@ from factormix.cli.inject import inject
 from factormix.cli.inspect import inspect
 from factormix.cli.merge import merge
 from factormix.cli.predict import predict
+from factormix.cli.sample import sample
 from factormix.cli.show import show
 from factormix.cli.sweep import sweep
 from factormix.cli.validate import validate
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "eval": evaluate,
     "sweep": sweep,
     "generate": generate,
+    "sample": sample,
     "bench": bench,
     "export": export,
     "inject": inject,

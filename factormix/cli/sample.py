@@ -1,0 +1,84 @@
+"""`factormix sample`: chats or documents that a model writes by itself, to calibrate, heal or retain on."""
+
+from __future__ import annotations
+
+import json as json_lines
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+
+from factormix.cli import options
+from factormix.cli.models import check_compute, identity, locate, open_model, open_tokenizer, read_config
+from factormix.data.own_words import own_words
+from factormix.run.directory import atomic_path, check_output_file
+from factormix.run.errors import FactorMixError
+from factormix.run.workdir import WorkDirectory
+
+
+def sample(
+    model: options.Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="the .jsonl file to write")],
+    tokens: Annotated[int, typer.Option("--tokens", help="how much to write, roughly: whole batches", min=1)] = 50_000,
+    kind: Annotated[
+        Literal["auto", "chat", "text"],
+        typer.Option("--kind", help="chats, documents, or what the model has a template for"),
+    ] = "auto",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="of an answer or a document", min=1)] = 256,
+    batch: Annotated[int, typer.Option("--batch", help="texts written at once", min=1)] = 64,
+    seed: options.Seed = 0,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "cpu",
+    device_map: options.DeviceMap = None,
+    overwrite: options.Overwrite = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Let MODEL write text by itself, a .jsonl file: the questions and the answers, or documents.
+
+    A run that was killed goes on where it stopped when the same command is given again (its work is in FILE.work).
+    """
+    if out.suffix != ".jsonl":
+        raise FactorMixError(f"-o {str(out)!r}: the text is written as .jsonl; name a file that ends so.")
+    check_output_file(out, overwrite)
+    check_compute(dtype, device)
+    source = locate(model, quiet)
+    tokenizer = open_tokenizer(source)
+    what: Literal["chat", "text"] = ("chat" if tokenizer.chat_template else "text") if kind == "auto" else kind
+    known = {"model": identity(source, read_config(source)), "kind": what, "batch": batch, "seed": seed}
+    work = WorkDirectory(f"{out}.work", {**known, "max_new_tokens": max_new_tokens, "dtype": dtype}, overwrite)
+    rows: list[dict[str, object]] = []
+    written, opened = 0, None
+    with (
+        work.removed_if_without("batch-*.json"),
+        tqdm(total=tokens, desc="tokens written", disable=quiet, leave=False) as bar,
+    ):
+        for number in count():
+            stage = f"batch-{number:05d}"
+            if not work.done(stage):
+                if opened is None:
+                    opened = open_model(source, dtype, device, device_map)
+                own_seed = seed * 1_000_003 + number
+                made = own_words(opened, tokenizer, batch, kind=what, max_new_tokens=max_new_tokens, seed=own_seed)
+                work.save(stage, {}, {"rows": made})
+            made = work.load(stage)[1]["rows"]
+            rows += made
+            length = sum(len(tokenizer(_words(row))["input_ids"]) for row in made)
+            written += length
+            bar.update(length)
+            if written >= tokens:
+                break
+            if not rows and number == 2:
+                raise FactorMixError(f"{model!r} wrote nothing in three batches of kind {what}; try the other --kind.")
+    with atomic_path(out) as temporary:
+        temporary.write_text("".join(json_lines.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    work.remove()
+    typer.echo(f"{out}: {len(rows):,} {what} documents, {written:,} tokens")
+
+
+def _words(row: dict[str, object]) -> str:
+    """What a line holds, without the template's own words."""
+    if "text" in row:
+        return str(row["text"])
+    return "\n".join(message["content"] for message in row["messages"])  # type: ignore[attr-defined]
