@@ -121,6 +121,25 @@ def pack(
     return Packed(input_ids, scored, input_ids.numel(), digest)
 
 
+def evenly(sources: Sequence[Sequence[str]], seed: int) -> list[str]:
+    """The documents of several sources in one order that takes from all of them alike, until one runs out.
+
+    Each source is shuffled by the seed; next comes always a document of the source of which the fewest characters were
+    taken so far. So a budget of tokens is filled in equal parts, however long the sources are.
+    """
+    left = []
+    for source in sources:
+        order = list(range(len(source)))
+        random.Random(seed).shuffle(order)
+        left.append([source[i] for i in reversed(order)])
+    taken, out = [0] * len(left), []
+    while open_sources := [i for i, documents in enumerate(left) if documents]:
+        fewest = min(open_sources, key=taken.__getitem__)
+        out.append(left[fewest].pop())
+        taken[fewest] += len(out[-1])
+    return out
+
+
 def wants_bos(tokenizer: PreTrainedTokenizerBase) -> bool | None:
     """`bos` of `pack`: first in every window where the tokenizer has one, though it may not put it there itself."""
     return None if tokenizer.bos_token_id is None else True

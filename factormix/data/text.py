@@ -105,6 +105,15 @@ def read_documents(source: str | Path | Documents | Sequence[str | Path]) -> Doc
         return source
     if isinstance(source, str | Path):
         return _read_file(Path(source))
+    return _join(read_parts(source))
+
+
+def read_parts(source: Sequence[str | Path]) -> list[Documents]:
+    """As `read_documents` reads a list, with each file's documents by themselves; strings are one part.
+
+    Raises:
+        FactorMixError: as there.
+    """
     items = list(source)
     wrong = next((item for item in items if not isinstance(item, str | Path)), None)
     if wrong is not None:
@@ -113,7 +122,9 @@ def read_documents(source: str | Path | Documents | Sequence[str | Path]) -> Doc
         raise FactorMixError("no text given; name at least one .txt or .jsonl file.")
     paths = [_is_path(item) for item in items]
     if all(paths):
-        return _join([_read_file(Path(item)) for item in items])
+        parts = [_read_file(Path(item)) for item in items]
+        _join(parts)  # refuses what does not go together
+        return parts
     if any(paths):
         raise FactorMixError(
             f"text mixes file names ({items[paths.index(True)]!r}) and documents "
@@ -123,7 +134,7 @@ def read_documents(source: str | Path | Documents | Sequence[str | Path]) -> Doc
     if not texts:
         raise FactorMixError(f"all {len(items)} documents given are empty.")
     digest = _sha256_of([hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest() for text in texts])
-    return Documents("text", "text", texts, [{"text": text} for text in texts], digest)
+    return [Documents("text", "text", texts, [{"text": text} for text in texts], digest)]
 
 
 def task_texts(path: str | Path) -> list[str]:

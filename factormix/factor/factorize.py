@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from factormix.data.packing import Packed, fitting, pack, wants_bos
-from factormix.data.text import read_documents
+from factormix.data.packing import Packed, evenly, fitting, pack, wants_bos
+from factormix.data.text import read_parts
 from factormix.factor.activations import ActivationStats
 from factormix.factor.allocation import allocate
 from factormix.factor.assemble import assemble, sparse_spec
@@ -219,13 +219,13 @@ def packed_text(
     tokens: int,
     seed: int,
 ) -> Packed:
-    """Windows of documents or files of text, as `factorize` takes them; windows as they are."""
+    """Windows of documents or of files of text, in equal parts, as `factorize` takes them; windows as they are."""
     if isinstance(text, Packed):
         return text
     if tokenizer is None:
         tokenizer = _tokenizer_of(model)
-    texts = read_documents(text).plain(tokenizer)
-    return pack(texts, tokenizer, fitting(window, model.config), tokens, seed, wants_bos(tokenizer))
+    texts = evenly([part.plain(tokenizer) for part in read_parts(text)], seed)
+    return pack(texts, tokenizer, fitting(window, model.config), tokens, bos=wants_bos(tokenizer))
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import random
 
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from factormix.data.packing import pack
+from factormix.data.packing import evenly, pack
 from factormix.run.errors import FactorMixError
 
 SPECIAL = ["[UNK]", "<s>", "</s>", "[CLS]", "[SEP]"]
@@ -140,3 +141,14 @@ def test_impossible_settings(options: dict, words: list[str]) -> None:
 def test_a_window_of_special_tokens_only_is_refused() -> None:
     with pytest.raises(FactorMixError, match="2 special tokens"):
         pack(documents(10), tokenizer("[CLS] $A [SEP]"), window=2)
+
+
+def test_several_sources_share_evenly_until_one_runs_out() -> None:
+    long, short, tiny = ["a" * 100] * 50, ["b" * 10] * 200, ["c" * 10] * 3
+    mixed = evenly([long, short, tiny], seed=0)
+    assert sorted(mixed) == sorted([*long, *short, *tiny])  # nothing lost, nothing twice
+    taken = "".join(mixed)[:3000]
+    assert taken.count("c") == 30 and abs(taken.count("a") - taken.count("b")) <= 200
+    order = list(range(200))
+    random.Random(7).shuffle(order)
+    assert evenly([[str(i) for i in range(200)]], seed=7) == [str(i) for i in order]  # one source: only shuffled
