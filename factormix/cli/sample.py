@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json as json_lines
+import json
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
+from transformers import PreTrainedModel
 
 from factormix.cli import options
 from factormix.cli.models import check_compute, identity, locate, open_model, open_tokenizer, read_config
@@ -16,6 +17,8 @@ from factormix.data.own_words import own_words
 from factormix.run.directory import atomic_path, check_output_file
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
+
+FUTILE = 2  # after this batch, counted from 0, without a word there is no hope
 
 
 def sample(
@@ -48,37 +51,38 @@ def sample(
     what: Literal["chat", "text"] = ("chat" if tokenizer.chat_template else "text") if kind == "auto" else kind
     known = {"model": identity(source, read_config(source)), "kind": what, "batch": batch, "seed": seed}
     work = WorkDirectory(f"{out}.work", {**known, "max_new_tokens": max_new_tokens, "dtype": dtype}, overwrite)
-    rows: list[dict[str, object]] = []
-    written, opened = 0, None
-    with (
-        work.removed_if_without("batch-*.json"),
-        tqdm(total=tokens, desc="tokens written", disable=quiet, leave=False) as bar,
-    ):
+    rows: list[dict[str, Any]] = []
+    opened: PreTrainedModel | None = None
+
+    def batch_of(number: int) -> list[dict[str, Any]]:
+        nonlocal opened
+        stage = f"batch-{number:05d}"
+        if not work.done(stage):
+            opened = opened or open_model(source, dtype, device, device_map)
+            own_seed = seed * 1_000_003 + number
+            made = own_words(opened, tokenizer, batch, kind=what, max_new_tokens=max_new_tokens, seed=own_seed)
+            work.save(stage, {}, {"rows": made})
+        return list(work.load(stage)[1]["rows"])
+
+    written, bar = 0, tqdm(total=tokens, desc="tokens written", disable=quiet, leave=False)
+    with work.removed_if_without("batch-*.json"), bar:
         for number in count():
-            stage = f"batch-{number:05d}"
-            if not work.done(stage):
-                if opened is None:
-                    opened = open_model(source, dtype, device, device_map)
-                own_seed = seed * 1_000_003 + number
-                made = own_words(opened, tokenizer, batch, kind=what, max_new_tokens=max_new_tokens, seed=own_seed)
-                work.save(stage, {}, {"rows": made})
-            made = work.load(stage)[1]["rows"]
-            rows += made
+            rows += (made := batch_of(number))
             length = sum(len(tokenizer(_words(row))["input_ids"]) for row in made)
             written += length
             bar.update(length)
             if written >= tokens:
                 break
-            if not rows and number == 2:
-                raise FactorMixError(f"{model!r} wrote nothing in three batches of kind {what}; try the other --kind.")
+            if not rows and number == FUTILE:
+                raise FactorMixError(f"{model!r} wrote nothing in {FUTILE + 1} batches of kind {what}; try another.")
     with atomic_path(out) as temporary:
-        temporary.write_text("".join(json_lines.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     work.remove()
     typer.echo(f"{out}: {len(rows):,} {what} documents, {written:,} tokens")
 
 
-def _words(row: dict[str, object]) -> str:
+def _words(row: dict[str, Any]) -> str:
     """What a line holds, without the template's own words."""
     if "text" in row:
         return str(row["text"])
-    return "\n".join(message["content"] for message in row["messages"])  # type: ignore[attr-defined]
+    return "\n".join(message["content"] for message in row["messages"])
