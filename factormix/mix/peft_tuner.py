@@ -46,7 +46,7 @@ class MixDAConfig(PeftConfig):
     base_ffns: str | None = field(
         default=None, metadata={"help": "hash of the FFNs' own weights; filled in when saved"}
     )
-    target_modules: list[str] | None = field(default=None, metadata={"help": "paths of the FFNs; filled in"})
+    target_modules: Sequence[str] | None = field(default=None, metadata={"help": "paths of the FFNs; filled in"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,7 +115,8 @@ class MixDAModel(BaseTuner):
             )
         peft_config.layers, peft_config.width = list(sizes.layers), sizes.width
         peft_config.sites, peft_config.reduction = specs, None
-        peft_config.target_modules = [site.name for site in sizes.sites]
+        # a tuple: PEFT shortens a list of 20 or more to endings that they share, and no FFN is named "mlp"
+        peft_config.target_modules = tuple(site.name for site in sizes.sites)
         return cast(MixDAConfig, peft_config)
 
     def _sizes(self, config: MixDAConfig) -> Sizes:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import factormix.mix
 from factormix import FactorMixError
@@ -17,7 +18,7 @@ from factormix.mix.adapter_files import load_adapters, save_adapter
 from factormix.mix.peft_enum import mixda_type
 from factormix.mix.peft_tuner import MixDAConfig, adapter_names, assert_trainable, trainable_names
 from factormix.nn import DomainFFN, DomainGate
-from tests.families import tiny_output
+from tests.families import TINY, tiny_output
 from tests.mix.adapted import FORMS, adapted, base_model, randomise, saved
 
 KINDS = [("llama", False), ("llama", True), ("gpt2", False), ("phi3", False), ("bert", False), ("opt", True),
@@ -70,6 +71,19 @@ def test_pefts_own_save_loads_too(tmp_path: Path) -> None:
     again = base_model("llama")
     PeftModel.from_pretrained(again, str(tmp_path))
     assert torch.equal(tiny_output(again), tiny_output(model))
+
+
+def test_adapters_at_every_layer_of_a_deep_model(tmp_path: Path) -> None:
+    """PEFT condenses a list of 20 target modules or more to endings that they share."""
+    deep = LlamaConfig(**{**TINY["llama"].options, "num_hidden_layers": 24})
+    base, again = LlamaForCausalLM(deep).eval(), LlamaForCausalLM(deep).eval()
+    again.load_state_dict(base.state_dict())
+    wrapped = get_peft_model(base, MixDAConfig(layers=list(range(24)), width=8), adapter_name="pubmed")
+    randomise(wrapped, "pubmed")
+    save_adapter(wrapped, "pubmed", tmp_path / "deep", "")
+    assert len(json.loads((tmp_path / "deep" / "adapter_config.json").read_text())["target_modules"]) == 24
+    load_adapters(again, {"pubmed": tmp_path / "deep"})
+    assert torch.equal(tiny_output(again), tiny_output(base))
 
 
 def test_tensors_that_do_not_fit_are_refused_not_skipped(tmp_path: Path) -> None:
