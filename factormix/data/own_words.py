@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from factormix.data.generation import generate_by
 from factormix.run.errors import FactorMixError
 
 OwnKind = Literal["chat", "text"]
@@ -25,14 +26,13 @@ DOCUMENT_ENDS = ("<|end_of_text|>", "<|endoftext|>")  # where a chat model's end
 SHORTEST = 12  # characters of a turn or a document
 
 
-@torch.inference_mode()
 def own_words(
     model: PreTrainedModel, tokenizer: Any, count: int, *, kind: OwnKind, max_new_tokens: int = 256, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Chats or documents, as lines of a .jsonl file hold them.
 
     Args:
-        model: a causal language model, in eval mode.
+        model: a causal language model.
         tokenizer: its tokenizer; with a template for chats, with an end-of-sequence token for documents.
         count: how many are begun, all at once; those that come to nothing are left out.
         kind: "chat" or "text".
@@ -126,14 +126,7 @@ def _draw(
         max_new_tokens=length, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, num_beams=1,
         repetition_penalty=1.0, eos_token_id=ends or None, pad_token_id=_padding(tokenizer, ends),
     )  # fmt: skip
-    own = model.generation_config
-    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]  # it fills what `rule` leaves open
-    try:
-        out = model.generate(  # type: ignore[operator]
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=rule
-        )
-    finally:
-        model.generation_config = own
+    out = generate_by(rule, model, ids, mask)
     rows = []
     for row in out[:, ids.shape[1] :].tolist():
         stops = [place for place, token in enumerate(row) if token in ends]

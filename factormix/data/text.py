@@ -123,7 +123,7 @@ def read_parts(source: Sequence[str | Path]) -> list[Documents]:
     paths = [_is_path(item) for item in items]
     if all(paths):
         parts = [_read_file(Path(item)) for item in items]
-        _join(parts)  # refuses what does not go together
+        _refuse_facts_among_others(parts)
         return parts
     if any(paths):
         raise FactorMixError(
@@ -283,13 +283,17 @@ def _plain(record: dict[str, Any], kind: Kind) -> str:
     return prompt.replace("{}", target) if "{}" in prompt else f"{prompt} {target}"
 
 
-def _join(parts: list[Documents]) -> Documents:
-    if len(parts) == 1:
-        return parts[0]
+def _refuse_facts_among_others(parts: list[Documents]) -> None:
     kinds = {part.kind for part in parts}
     if len(kinds) > 1 and "knowledge" in kinds:
         listed = ", ".join(f"{part.name} is {part.kind}" for part in parts)
         raise FactorMixError(f"facts go with no other kind of text: {listed}; give one kind at a time.")
+
+
+def _join(parts: list[Documents]) -> Documents:
+    if len(parts) == 1:
+        return parts[0]
+    kinds = {part.kind for part in parts}
     return Documents(
         "+".join(part.name for part in parts),
         "text" if len(kinds) > 1 else parts[0].kind,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from factormix.data.generation import generate_by
 from factormix.evaluate.causal import REMEDY
 from factormix.run.errors import FactorMixError
 
@@ -43,18 +44,7 @@ def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, max_new_tokens: 
         eos_token_id=stop or None,
         pad_token_id=pad if pad is not None else (stop[0] if stop else 0),
     )
-    own = model.generation_config
-    was_training = model.training
-    model.train(False)
-    # generate() fills what `rule` leaves open from the model's own
-    model.generation_config = GenerationConfig()  # type: ignore[no-untyped-call]
-    try:
-        with torch.inference_mode():
-            mask = torch.ones_like(ids)
-            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=rule)  # type: ignore[operator]
-    finally:
-        model.generation_config = own
-        model.train(was_training)
+    out = generate_by(rule, model, ids, torch.ones_like(ids))
     said = out[0, ids.shape[1] :].tolist()
     if said and said[-1] in stop:  # the model's own end need not be special to the tokenizer
         said.pop()
