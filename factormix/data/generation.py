@@ -1,14 +1,44 @@
-"""generate() by a rule of our own alone, whatever the model's own generation config says."""
+"""generate() by a rule of our own alone, and the tokens at which a text ends."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>")  # of a chat model, whose end of sequence may end a turn only
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer, a turn or a document: for the model, for its tokenizer, or by its name."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ends = configured if isinstance(configured, list | tuple) else [configured]
+    found = {*ends, tokenizer.eos_token_id, *_named_ends(tokenizer)} - {None}
+    return sorted(int(end) for end in found)
+
+
+def document_start(tokenizer: Any) -> list[int]:
+    """The special tokens before a document's first word: the tokenizer's own, else what ends the document before.
+
+    Empty where the tokenizer has neither.
+    """
+    last = tokenizer.eos_token_id
+    ends = _named_ends(tokenizer) or ([] if last is None else [last])
+    return list(tokenizer("")["input_ids"]) or ends[:1]
+
+
+def _named_ends(tokenizer: Any) -> list[int]:
+    known = tokenizer.get_vocab()
+    return [known[word] for word in DOCUMENT_ENDS if word in known]
+
 
 def generate_by(rule: GenerationConfig, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """The tokens (N, P + M) of `generate` for prompts ids (N, P) under mask (N, P); the model is left as it was."""
+    """The tokens (N, P + M) of `generate` for prompts ids (N, P) under mask (N, P); the model is left as it was.
+
+    Nothing in `rule` is filled from the model's own generation config, end-of-sequence tokens included.
+    """
     own, was_training = model.generation_config, model.training
     model.train(False)
     # generate() fills what `rule` leaves open from the model's own

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from factormix.data.generation import generate_by
+from factormix.data.generation import document_start, end_tokens, generate_by
 from factormix.run.errors import FactorMixError
 
 OwnKind = Literal["chat", "text"]
 TEMPERATURE = 0.9
 QUESTION_TOKENS = 64  # of a user's turn, at most; one that does not end by then is dropped
-DOCUMENT_ENDS = ("<|end_of_text|>", "<|endoftext|>")  # where a chat model's end of sequence ends a turn only
 SHORTEST = 12  # characters of a turn or a document
 
 
@@ -52,14 +51,13 @@ def own_words(
 
 
 def _documents(model: PreTrainedModel, tokenizer: Any, count: int, length: int) -> list[dict[str, Any]]:
-    ends = _ends(tokenizer)
-    start = list(tokenizer("")["input_ids"]) or ends[-1:]  # what stands before a text, else what ends the one before
+    start = document_start(tokenizer)
     if not start:
         raise FactorMixError(
             f"{type(tokenizer).__name__} of this model has no special token with which a document begins; sample chats."
         )
     ids = torch.tensor([start] * count)  # (N, P)
-    rows = _draw(model, tokenizer, ids, torch.ones_like(ids), length, ends)
+    rows = _draw(model, tokenizer, ids, torch.ones_like(ids), length)
     texts = (tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows)
     return [{"text": text} for text in texts if len(text) >= SHORTEST]
 
@@ -67,9 +65,8 @@ def _documents(model: PreTrainedModel, tokenizer: Any, count: int, length: int) 
 def _chats(model: PreTrainedModel, tokenizer: Any, count: int, length: int) -> list[dict[str, Any]]:
     if not tokenizer.chat_template:
         raise FactorMixError(f"{type(tokenizer).__name__} of this model has no chat template; sample kind text.")
-    ends = _ends(tokenizer)
     start = torch.tensor([_opening(tokenizer)] * count)  # (N, P)
-    turns = _draw(model, tokenizer, start, torch.ones_like(start), QUESTION_TOKENS, ends, whole=True)
+    turns = _draw(model, tokenizer, start, torch.ones_like(start), QUESTION_TOKENS, whole=True)
     questions = [tokenizer.decode(turn, skip_special_tokens=True).strip() for turn in turns]
     questions = [question for question in questions if len(question) >= SHORTEST]
     return [
@@ -89,11 +86,10 @@ def drawn_answers(model: PreTrainedModel, tokenizer: Any, questions: list[str], 
         )["input_ids"]
         for question in questions
     ]
-    ends = _ends(tokenizer)
-    longest, pad = max(map(len, prompts)), _padding(tokenizer, ends)
+    longest, pad = max(map(len, prompts)), _padding(tokenizer, end_tokens(model, tokenizer))
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])  # (N, P), padded on the left
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    rows = _draw(model, tokenizer, ids, mask, max_new_tokens, ends)
+    rows = _draw(model, tokenizer, ids, mask, max_new_tokens)
     return [tokenizer.decode(row, skip_special_tokens=True).strip() for row in rows]
 
 
@@ -104,13 +100,6 @@ def _opening(tokenizer: Any) -> list[int]:
     return list(tokenizer(whole.split(marker)[0], add_special_tokens=False)["input_ids"])
 
 
-def _ends(tokenizer: Any) -> list[int]:
-    """The tokens that end a turn or, last in the list, a document: of a chat model often two."""
-    known = tokenizer.get_vocab()
-    found = [tokenizer.eos_token_id, *(known.get(word) for word in DOCUMENT_ENDS)]
-    return list(dict.fromkeys(token for token in found if token is not None))
-
-
 def _padding(tokenizer: Any, ends: list[int]) -> int:
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
@@ -118,10 +107,10 @@ def _padding(tokenizer: Any, ends: list[int]) -> int:
 
 
 def _draw(
-    model: PreTrainedModel, tokenizer: Any, ids: Tensor, mask: Tensor, length: int, ends: list[int],
-    *, whole: bool = False,
-) -> list[list[int]]:  # fmt: skip
-    """What follows each row of ids (N, P), up to the first of `ends`; `whole` leaves out rows that do not end."""
+    model: PreTrainedModel, tokenizer: Any, ids: Tensor, mask: Tensor, length: int, *, whole: bool = False
+) -> list[list[int]]:
+    """What follows each row of ids (N, P), up to its end; `whole` leaves out rows that do not end."""
+    ends = end_tokens(model, tokenizer)
     rule = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=length, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, num_beams=1,
         repetition_penalty=1.0, eos_token_id=ends or None, pad_token_id=_padding(tokenizer, ends),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from factormix.data.generation import generate_by
+from factormix.data.generation import end_tokens, generate_by
 from factormix.evaluate.causal import REMEDY
 from factormix.run.errors import FactorMixError
 
@@ -34,7 +34,7 @@ def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, max_new_tokens: 
     if max_new_tokens < 1:
         raise FactorMixError(f"max_new_tokens received {max_new_tokens}; allowed: at least 1.")
     ids = _encode(tokenizer, prompt, chat).to(next(model.parameters()).device)  # (1, P)
-    stop = _end_tokens(model, tokenizer)
+    stop = end_tokens(model, tokenizer)
     pad = tokenizer.pad_token_id
     rule = GenerationConfig(  # type: ignore[no-untyped-call]
         max_new_tokens=max_new_tokens,
@@ -64,10 +64,3 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
     if not ids:
         raise FactorMixError(f"the prompt {prompt!r} gives no tokens with this tokenizer.")
     return torch.tensor([ids], dtype=torch.long)
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer for the model or its tokenizer."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ends = configured if isinstance(configured, list | tuple) else [configured]
-    return sorted({int(end) for end in [*ends, tokenizer.eos_token_id] if end is not None})

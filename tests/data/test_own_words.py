@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from factormix.data.generation import document_start, end_tokens
 from factormix.data.own_words import QUESTION_TOKENS, drawn_answers, own_words
 from factormix.evaluate.answers import answer
 from factormix.run.errors import FactorMixError
@@ -62,6 +64,34 @@ def test_documents_and_the_callers_randomness(speaker: tuple[Any, Any]) -> None:
     rows = own_words(model, tokenizer, 8, kind="text", max_new_tokens=12, seed=0)
     assert torch.equal(torch.rand(3), wanted) and model.generation_config is own
     assert rows and all(row.keys() == {"text"} and len(row["text"].split()) <= 12 for row in rows)
+
+
+def test_a_turn_ends_where_the_models_own_config_says(speaker: tuple[Any, Any]) -> None:
+    """Gemma's end of a turn stands in its generation config alone; no text reads on past it."""
+    model, tokenizer = speaker
+    before = own_words(model, tokenizer, 8, kind="text", max_new_tokens=24, seed=0)
+    words = [row["text"].split() for row in before]
+    stop = words[0][7]  # some document's eighth word
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(stop)]
+    after = [row["text"].split() for row in own_words(model, tokenizer, 8, kind="text", max_new_tokens=24, seed=0)]
+    assert all(stop not in row for row in after)
+    assert words[0][: words[0].index(stop)] in after
+
+
+def test_ends_and_starts(speaker: tuple[Any, Any]) -> None:
+    model, tokenizer = speaker
+    eos = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = None
+    assert end_tokens(model, tokenizer) == [eos]
+    assert document_start(tokenizer) == [eos]
+    tokenizer.add_tokens(["<|endoftext|>"])  # a chat model's: the end of sequence ends its turns
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert document_start(tokenizer) == [end] and end_tokens(model, tokenizer) == sorted([eos, end])
+    model.generation_config.eos_token_id = 7
+    assert end_tokens(model, tokenizer) == sorted([7, eos, end])
+    first = ("w1", tokenizer.convert_tokens_to_ids("w1"))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="w1 $A", special_tokens=[first])
+    assert document_start(tokenizer) == [first[1]]
 
 
 def test_refuses(speaker: tuple[Any, Any]) -> None:
