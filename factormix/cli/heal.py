@@ -24,6 +24,8 @@ from factormix.cli.models import (
     run_json,
     text_hashes,
 )
+from factormix.cli.plan import describe_healing
+from factormix.cli.recipe import HealRecipe, merged
 from factormix.cli.training import result_json, say_resumed
 from factormix.factor.config import HealConfig
 from factormix.factor.factorize import packed_text
@@ -39,12 +41,17 @@ from factormix.run.workdir import WorkDirectory
 @options.config_flags(HealConfig)
 def heal(
     given: dict[str, Any],
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="a directory that `factormix factor` wrote")],
-    against: Annotated[str, typer.Option("--against", metavar="DENSE", help="the dense MODEL's origin: the teacher")],
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="the directory to write")],
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="a directory that `factormix factor` wrote")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", metavar="DENSE", help="the dense MODEL's origin: the teacher")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="OUT", help="the directory to write")] = None,
+    recipe: options.RecipeFile = None,
     text: options.Text = None,
-    window: Annotated[int, typer.Option("--window", help="tokens of a window", min=8)] = 512,
-    seed: options.Seed = 0,
+    window: Annotated[int | None, typer.Option("--window", help="tokens of a window [512]", min=8)] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="of everything random [0]")] = None,
     dtype: options.Dtype = "float32",
     device: options.Device = "cpu",
     device_map: options.DeviceMap = None,
@@ -58,31 +65,33 @@ def heal(
     A run that was killed goes on where it stopped when the same command is given again (its work is in OUT.work).
     """
     started = time.perf_counter()
-    config = HealConfig.from_dict(given)
+    flags = {"model": model, "against": against, "out": out and str(out), "text": text, "window": window, "seed": seed}
+    run = HealRecipe.open(recipe, merged({key: value for key, value in flags.items() if value is not None}, given))
+    if not (run.model and run.against and run.out):
+        raise FactorMixError("heal needs MODEL, --against DENSE and -o OUT, or a recipe that has them.")
+    config = run.config
     if not config.tokens:
         raise FactorMixError("heal received --tokens 0; say how much to train on, for example --tokens 300000.")
     on = check_compute(dtype, device)
-    check_output(out, overwrite)
+    check_output(run.out, overwrite)
     options.check_json(json)
-    if not text:
+    if not run.text:
         say(f"no --text given: healing on {DEFAULT_TEXT}.", quiet)
-    paths = locate_text(text or [DEFAULT_TEXT], quiet)
+    paths = locate_text(run.text or [DEFAULT_TEXT], quiet)
     data = text_hashes(paths)  # reads all text: what is wrong with it shows before anything is computed
-    source, teacher = locate(model, quiet), locate(against, quiet)
-    own = read_config(source)
-    if not isinstance(own, checkpoint.FactorMixConfig):
-        raise FactorMixError(f"{model!r} is dense, there is nothing to heal; make it sparse with `factormix factor`.")
+    source, teacher = locate(run.model, quiet), locate(run.against, quiet)
+    own, of_teacher = read_config(source), read_config(teacher)
+    plan = describe_healing(own, of_teacher, config, run.window, dtype)  # refuses a dense MODEL
     if dry_run:
-        typer.echo(_plan(config, own))
+        typer.echo("\n".join(plan))
         return
-    torch.manual_seed(seed)
-    command = shlex.join(["factormix", "heal", model, "--against", against, "-o", str(out)])
-    values = {"model": model, "against": against, "text": text, "window": window, "seed": seed, **config.to_dict()}
+    torch.manual_seed(run.seed)
+    command = shlex.join(["factormix", "heal", run.model, "--against", run.against, "-o", run.out])
     # what made MODEL counts too: `eval` tells in-domain text from foreign by it
-    record = RunRecord(command, values, seed, dtype, on.type, {**(run_json(source).get("data") or {}), **data})
-    known = {**data, "model": identity(source, own), "against": identity(teacher, read_config(teacher)), "dtype": dtype}
-    fingerprint = {"config": config.to_dict(), "window": window, "seed": seed, "data": known}
-    work = WorkDirectory(f"{out}.work", fingerprint, overwrite)
+    record = RunRecord(command, run.flat(), run.seed, dtype, on.type, {**(run_json(source).get("data") or {}), **data})
+    known = {**data, "model": identity(source, own), "against": identity(teacher, of_teacher), "dtype": dtype}
+    fingerprint = {"config": config.to_dict(), "window": run.window, "seed": run.seed, "data": known}
+    work = WorkDirectory(f"{run.out}.work", fingerprint, overwrite)
     say_resumed(work, "healing", quiet)
     with work.removed_if_without("healing/checkpoint-*"):
         with record.phase("load"):
@@ -90,33 +99,26 @@ def heal(
             sparse = open_model(source, dtype, device, device_map)
             dense = open_model(teacher, dtype, device, device_map)
             share_frozen(sparse, dense)
-            packed = packed_text([str(path) for path in paths], dense, tokenizer, window, config.tokens, seed + 1)
+            files = [str(path) for path in paths]
+            packed = packed_text(files, dense, tokenizer, run.window, config.tokens, run.seed + 1)
         made_by = sparse.config.factormix["made_by"]
-        recipe, before = made_by.get("config", {}), made_by.get("healing", {})
+        factored, before = made_by.get("config", {}), made_by.get("healing", {})
         with record.phase("heal"):
             done = distil(
                 sparse, dense, packed, config,
-                label=recipe.get("label", "joint"), pa_form=recipe.get("router_loss", "pa"),
-                seed=seed, work=work, quiet=quiet,
+                label=factored.get("label", "joint"), pa_form=factored.get("router_loss", "pa"),
+                seed=run.seed, work=work, quiet=quiet,
             )  # fmt: skip
     made_by["healing"] = {**done, "tokens_before": before.get("tokens", 0) + before.get("tokens_before", 0)}
     record.tokens, record.metrics = done["tokens"], done["metrics"]
     record.peak_memory_bytes = peak_memory_bytes(record.device)
-    checkpoint.save(sparse, out, tokenizer, overwrite, run=record.to_dict())
+    checkpoint.save(sparse, run.out, tokenizer, overwrite, run=record.to_dict())
     work.remove()
     result = result_json(record, started, done["params_trained"])
     options.put_json(json, result)
     last = ", ".join(f"{k} {v:.4g}" for k, v in (done["metrics"]["history"] or [{}])[-1].items() if k != "step")
     typer.echo(
-        f"{out}: healed on {record.tokens:,} tokens in {result['seconds']:.0f} s, "
+        f"{run.out}: healed on {record.tokens:,} tokens in {result['seconds']:.0f} s, "
         f"{record.peak_memory_bytes / 2**30:.2f} GiB at most; loss at the end: {last}\n"
-        f"next: {shlex.join(['factormix', 'eval', str(out), '--against', against, '--text'])} FILE"
-    )
-
-
-def _plan(config: HealConfig, own: checkpoint.FactorMixConfig) -> str:
-    sites = own.factormix["sites"]
-    return (
-        f"healing {len(sites)} sparse FFNs on {config.tokens:,} tokens, {config.batch_tokens:,} a step: "
-        f"{max(1, config.tokens // config.batch_tokens):,} steps, a checkpoint every {config.save_steps}"
+        f"next: {shlex.join(['factormix', 'eval', run.out, '--against', run.against, '--text'])} FILE"
     )

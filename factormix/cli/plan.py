@@ -1,4 +1,4 @@
-"""What a factorisation would do, by arithmetic: shown by --dry-run and by `validate`."""
+"""What a factorisation or a healing would do, by arithmetic: shown by --dry-run and by `validate`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections import Counter
 from transformers import PretrainedConfig
 
 from factormix.checkpoint import FactorMixConfig
-from factormix.cli.inspect import site_table
+from factormix.cli.inspect import dense_config, site_table
 from factormix.factor.allocation import TOKENS
-from factormix.factor.config import FactorConfig
+from factormix.factor.config import FactorConfig, HealConfig
 from factormix.factor.keep import check_keep, kept_slices
-from factormix.ffn.cost import Inspection
+from factormix.ffn.cost import Inspection, inspect_model
 from factormix.nn import Layout, SparseSpec
 from factormix.run.errors import FactorMixError
+from factormix.train import step_tokens
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 TRAINING_BYTES = 16  # a trained parameter: float32 gradient, two Adam moments, and a copy while a checkpoint is written
@@ -71,6 +72,31 @@ def describe_keep(model: PretrainedConfig, config: FactorConfig) -> list[str]:
     return lines
 
 
+def describe_healing(
+    sparse: PretrainedConfig, dense: PretrainedConfig | None, config: HealConfig, window: int, dtype: str = "float32"
+) -> list[str]:
+    """What healing comes to, from the configs of the sparse model and, where it is known, the dense one.
+
+    Raises:
+        FactorMixError: MODEL is dense, or its dense model is not.
+    """
+    if not isinstance(sparse, FactorMixConfig):
+        raise FactorMixError(f"this {sparse.model_type} is dense, there is nothing to heal; `factormix factor` it.")
+    step = step_tokens(config.batch_tokens, window)
+    steps, sites = config.tokens // step, len(sparse.factormix["sites"])
+    lines = [
+        f"healing {sites} sparse FFNs on {steps * step:,} tokens in windows of {window}: {steps:,} steps of {step:,}, "
+        f"a checkpoint every {config.save_steps}"
+    ]
+    if dense is not None:
+        found = inspect_model(dense_config(dense))
+        size = ELEMENT_BYTES.get(dtype, 4)
+        lines.append(
+            _memory(found.parameters * size + _training_bytes(found, size) + _graph_bytes(found, window), dtype)
+        )
+    return lines
+
+
 def estimated_bytes(found: Inspection, config: FactorConfig, dtype: str) -> int:
     """Peak memory of the factorisation, roughly (SmolLM2 takes a fifth more than this and torch).
 
@@ -85,16 +111,30 @@ def estimated_bytes(found: Inspection, config: FactorConfig, dtype: str) -> int:
     fitting = inner * inner * 20 if config.layer_fit else 0  # gram, scaled copy and factor, in float32 and float64
     total = found.parameters * size + largest * size + states + fitting
     if config.heal.tokens:
-        total += found.ffn_parameters * (size + TRAINING_BYTES)  # the teacher's FFNs, and what training holds
-    sites = sum(group.sites for group in found.groups)
+        total += _training_bytes(found, size)
     if config.shares_out:
+        sites = sum(group.sites for group in found.groups)
         total += min(config.tokens, TOKENS) * hidden * sites * 4  # bfloat16 inputs and gradients of all FFNs
     if config.shares_out or config.heal.tokens:
-        of_hidden, of_inner = GRAPH_STATES
-        layers = sites * (of_hidden * hidden + of_inner * inner) * 2
-        vocabulary = found.embedding_parameters // hidden
-        total += config.window * (layers + LOGITS * 4 * vocabulary) + found.parameters * 2  # weights in bfloat16
+        total += _graph_bytes(found, config.window)
     return total
+
+
+def _training_bytes(found: Inspection, size: int) -> int:
+    """The FFNs once more, dense beside sparse, and what training the sparse ones holds."""
+    return found.ffn_parameters * (size + TRAINING_BYTES)
+
+
+def _graph_bytes(found: Inspection, window: int) -> int:
+    """A window in autograd's graph, and the weights in bfloat16."""
+    of_hidden, of_inner = GRAPH_STATES
+    layers = sum(group.sites * (of_hidden * group.hidden + of_inner * group.inner) * 2 for group in found.groups)
+    vocabulary = found.embedding_parameters // max(group.hidden for group in found.groups)
+    return window * (layers + LOGITS * 4 * vocabulary) + found.parameters * 2
+
+
+def _memory(total: int, dtype: str) -> str:
+    return f"memory, estimated: {total / 2**30:.2f} GiB in {dtype}, torch not counted"
 
 
 def describe_run(found: Inspection, config: FactorConfig, dtype: str) -> list[str]:
@@ -105,8 +145,7 @@ def describe_run(found: Inspection, config: FactorConfig, dtype: str) -> list[st
         f"calibration: {config.tokens:,} tokens in windows of {config.window}; partition {config.partition}, {fit}",
     ]
     if config.heal.tokens:
-        lines.append(f"healing: {config.heal.tokens:,} tokens, {config.heal.batch_tokens:,} a step")
-    lines.append(
-        f"memory, estimated: {estimated_bytes(found, config, dtype) / 2**30:.2f} GiB in {dtype}, torch not counted"
-    )
+        step = step_tokens(config.heal.batch_tokens, config.window)
+        lines.append(f"healing: {config.heal.tokens // step * step:,} tokens, {step:,} a step")
+    lines.append(_memory(estimated_bytes(found, config, dtype), dtype))
     return lines

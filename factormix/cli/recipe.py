@@ -1,4 +1,4 @@
-"""A recipe: everything a run of `factormix factor`, `inject` or `adapt` depends on, read from YAML, flags beside it.
+"""A recipe: all that a run of `factor`, `heal`, `inject` or `adapt` depends on, read from YAML, flags beside it.
 
 model: asset:smollm2          # optional: model, out, text, heal_text, preset
 preset: default
@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from factormix.factor.config import PRESETS, FactorConfig
+from factormix.factor.config import PRESETS, FactorConfig, HealConfig
 from factormix.mix.adapt_config import AdaptConfig
 from factormix.mix.config import InjectConfig
 from factormix.run.config import Config, describe, option
@@ -108,6 +108,19 @@ class Recipe(_Recipe):
 
 
 @dataclass(frozen=True)
+class HealRecipe(_Recipe):
+    """Which sparse model is healed by which dense one; `config` is how."""
+
+    model: str | None = option(None, help="the sparse model")
+    against: str | None = option(None, help="the dense model that it was made from: the teacher")
+    out: str | None = option(None, help="the directory to write")
+    text: list[str] = option([], help="text to train on")
+    window: int = option(512, help="tokens of a window", minimum=8)
+    seed: int = option(0, help="of text and training order")
+    config: HealConfig = option(HealConfig, help="the other keys of a recipe, at its top level")
+
+
+@dataclass(frozen=True)
 class InjectRecipe(_Recipe):
     """Which knowledge is injected into which model; `config` is how."""
 
@@ -132,7 +145,10 @@ class AdaptRecipe(_Recipe):
     config: AdaptConfig = option(AdaptConfig, help="the other keys of a recipe, at its top level")
 
 
-def open_any(path: Path) -> tuple[str, Recipe | InjectRecipe | AdaptRecipe]:
+AnyRecipe = Recipe | HealRecipe | InjectRecipe | AdaptRecipe
+
+
+def open_any(path: Path) -> tuple[str, AnyRecipe]:
     """A recipe of any command, and which command it is for: its own keys tell.
 
     Raises:
@@ -144,6 +160,8 @@ def open_any(path: Path) -> tuple[str, Recipe | InjectRecipe | AdaptRecipe]:
         raise FactorMixError(f"recipe {str(path)!r}: {error}") from error
     if keys & {"domain", "knowledge", "retain"}:
         return "inject", InjectRecipe.open(path, {})
+    if "against" in keys and "keep_experts_for" not in keys:
+        return "heal", HealRecipe.open(path, {})
     if keys & {"domains", "task"} and not keys & (Recipe.keys() - AdaptRecipe.keys()):  # factor has a `task` too
         return "adapt", AdaptRecipe.open(path, {})
     return "factor", Recipe.open(path, {})

@@ -11,8 +11,8 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from factormix.cli import options
 from factormix.cli.inspect import dense_config
 from factormix.cli.models import by_name, empty, locate, read_config
-from factormix.cli.plan import describe_keep, describe_layout
-from factormix.cli.recipe import AdaptRecipe, InjectRecipe, Recipe, open_any
+from factormix.cli.plan import describe_healing, describe_keep, describe_layout
+from factormix.cli.recipe import AnyRecipe, HealRecipe, InjectRecipe, Recipe, open_any
 from factormix.factor.advice import export_advice
 from factormix.ffn.cost import inspect_model
 from factormix.run.progress import say
@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 
 
 def validate(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file for factor, inject or adapt")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="a YAML file for factor, heal, inject or adapt")],
     model: Annotated[
         str | None, typer.Option("--model", help="check the recipe against this model rather than its own")
     ] = None,
@@ -30,7 +30,7 @@ def validate(
 ) -> None:
     """Print RECIPE with everything it leaves open filled in and, where it names a model, what it comes to there.
 
-    Its keys tell which command it is for: inject has `domain`, `knowledge` and `retain`, adapt `task`.
+    Its keys tell which command it is for: inject has `domain`, `knowledge` and `retain`, adapt `task`, heal `against`.
     """
     options.check_json(json)
     command, resolved = open_any(recipe)
@@ -43,7 +43,7 @@ def validate(
     typer.echo("\n".join(lines))
 
 
-def _meaning(recipe: Recipe | InjectRecipe | AdaptRecipe, name: str, quiet: bool) -> list[str]:
+def _meaning(recipe: AnyRecipe, name: str, quiet: bool) -> list[str]:
     """What a recipe comes to on a model; nothing of the model but its config is read."""
     source = locate(name, quiet)
     if isinstance(recipe, Recipe):
@@ -54,6 +54,9 @@ def _meaning(recipe: Recipe | InjectRecipe | AdaptRecipe, name: str, quiet: bool
         if advice:
             say(f"note: {advice}", quiet)
         return describe_layout(found, recipe.config)
+    if isinstance(recipe, HealRecipe):
+        dense = None if recipe.against is None else read_config(locate(recipe.against, quiet))
+        return describe_healing(read_config(source), dense, recipe.config, recipe.window)
     if isinstance(recipe, InjectRecipe):
         from factormix.mix.stage1 import plan  # imports PEFT, which factor's recipes do without
 

@@ -199,11 +199,11 @@ def train(
     batches: Batches = Windows(text) if isinstance(text, Packed) else text
     window = batches.tokens
     world = PartialState().num_processes
-    accumulation = max(1, round(config.batch_tokens / (window * world)))
-    steps = config.tokens // (accumulation * window * world)
+    step = step_tokens(config.batch_tokens, window, world)
+    accumulation, steps = step // (window * world), config.tokens // step
     if steps < 1:
         raise FactorMixError(
-            f"{config.tokens} training tokens are less than one step of {accumulation * window * world} "
+            f"{config.tokens} training tokens are less than one step of {step} "
             f"({accumulation} windows of {window} on {world} process(es)); ask for more tokens or smaller batch_tokens."
         )
     device = next(model.parameters()).device
@@ -244,6 +244,11 @@ def train(
         params_trained=sum(p.numel() for group in groups for p in group["params"]),
         metrics={"steps": trainer.state.global_step, "history": callback.history},
     )
+
+
+def step_tokens(batch_tokens: int, window: int, world: int = 1) -> int:
+    """Tokens of an optimiser step of about `batch_tokens`: whole windows on each of `world` processes, one or more."""
+    return max(1, round(batch_tokens / (window * world))) * window * world
 
 
 def _the_one(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

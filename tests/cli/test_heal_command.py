@@ -82,6 +82,28 @@ def test_a_killed_healing_goes_on_from_its_checkpoint(run: Run, sparse: Path, ll
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_a_recipe_is_the_same_as_flags(run: Run, sparse: Path, llama: Path, text: Path) -> None:
+    run("heal", sparse, "--against", llama, "-o", "flags", "--text", text, *BUDGET, "--seed", 3)
+    lines = [f"model: {sparse}", f"against: {llama}", f"text: [{text}]", "out: recipe", "window: 32", "seed: 3"]
+    Path("r.yaml").write_text("\n".join([*lines, "tokens: 64", "batch_tokens: 128", "lr: 1.0e-3"]), encoding="utf-8")
+    run("heal", "--recipe", "r.yaml", "--tokens", 2048)  # a flag wins
+    assert sha256("recipe/model.factormix.safetensors") == sha256("flags/model.factormix.safetensors")
+    said = run("validate", "r.yaml", "--json", "v.json")
+    assert "# for factormix heal" in said and "on 0 tokens in windows of 32: 0 steps of 128" in said
+    assert read("v.json")["command"] == "heal" and read("v.json")["recipe"]["router_lr"] == 1e-3
+    Path("again.yaml").write_text(said, encoding="utf-8")
+    assert run("validate", "again.yaml") == said
+
+
+def test_the_plan_counts_whole_steps(run: Run, sparse: Path, llama: Path, text: Path) -> None:
+    """As the loop does: steps of whole windows, and what is left over is not trained on."""
+    ask = ["heal", sparse, "--against", llama, "--text", text, "--window", 32, "--batch-tokens", 100, "--tokens", 1000]
+    said = run(*ask, "-o", "out", "--dry-run")
+    assert "on 960 tokens in windows of 32: 10 steps of 96" in said and "memory, estimated: 0.0" in said
+    assert not Path("out").exists()
+    assert "healed on 960 tokens" in run(*ask, "-o", "out")
+
+
 def test_refuses(run: Run, refused: Callable[..., str], sparse: Path, llama: Path, text: Path, tmp_path: Path) -> None:
     wide = save_tiny("gpt2", tmp_path / "gpt2")
     ask = ("-o", "out", "--text", text)
@@ -89,5 +111,5 @@ def test_refuses(run: Run, refused: Callable[..., str], sparse: Path, llama: Pat
     assert "--tokens 300000" in refused("heal", sparse, "--against", llama, *ask)
     assert "is not the dense model" in refused("heal", sparse, "--against", wide, *ask, *BUDGET)
     assert "is not the dense model" in refused("heal", sparse, "--against", sparse, *ask, *BUDGET)
-    assert "16 steps" in run("heal", sparse, "--against", llama, *ask, *BUDGET, "--dry-run")
+    assert "or a recipe" in refused("heal", sparse, *ask, *BUDGET)
     assert not Path("out").exists()
