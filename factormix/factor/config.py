@@ -27,8 +27,14 @@ class HealConfig(Config):
     ce: float = option(0.0, help="weight of the next-token cross-entropy", minimum=0)
     pa: float = option(0.0, help="weight of the PA loss on the routers (needs the dense FFN at every site)", minimum=0)
     balance: float = option(0.0, help="weight of the load balance across tokens", minimum=0)
-    lr: float = option(4e-4, help="peak learning rate of experts and shared neurons", minimum=0)
-    router_lr: float = option(1e-3, help="peak learning rate of routers", minimum=0)
+    lr: float | None = option(
+        None,
+        help="peak learning rate of experts and shared neurons; left open 4e-4, and less where more than half runs",
+        minimum=0,
+    )
+    router_lr: float | None = option(
+        None, help="peak learning rate of routers; left open 1e-3, and less where more than half runs", minimum=0
+    )
     batch_tokens: int = option(512, help="tokens of one optimiser step, accumulated over windows", minimum=1)
     warmup: float = option(0.1, help="fraction of the steps in which the learning rate rises", minimum=0, maximum=1)
     clip: float = option(1.0, help="gradient norm above which gradients are scaled down, after backward", minimum=0)

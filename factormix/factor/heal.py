@@ -33,6 +33,9 @@ from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 from factormix.train import LoopConfig, bf16_pays, distillation, train
 
+LR, ROUTER_LR = 4e-4, 1e-3  # peaks where half of the neurons run, or fewer
+LEAST_SHARE = 0.1  # of those, however many run
+
 
 def heal(
     student: PreTrainedModel,
@@ -78,17 +81,30 @@ def heal(
         raise FactorMixError(
             f"pa {config.pa} and balance {config.balance} train routers; this model has none. Leave them 0."
         )
-    rates = {}
-    for name, module in student.named_modules():
-        if isinstance(module, SparseFFN):
-            for inner, _ in module.named_parameters():
-                rates[f"{name}.{inner}"] = config.router_lr if inner.startswith("router.") else config.lr
     loop = LoopConfig.of(config, seed=seed)
     loss = HealingLoss(student, teacher.eval(), config, label, pa_form)
     with tempfile.TemporaryDirectory() as scratch, loss.watching():
         folder = scratch if work is None else work.path / "healing"
-        result = train(student, text, loss, rates, loop, folder, label="healing", quiet=quiet)
+        result = train(student, text, loss, learning_rates(student, config), loop, folder, label="healing", quiet=quiet)
     return asdict(result)
+
+
+def learning_rates(student: PreTrainedModel, config: HealConfig) -> dict[str, float]:
+    """Peak rate of every parameter that healing trains, by name.
+
+    Left open, rates fall with the share of neurons that do not run: the less there is to mend, the more a rate that
+    suits half of the neurons first destroys.
+    """
+    ffns = {name: module for name, module in student.named_modules() if isinstance(module, SparseFFN)}
+    idle = 1 - sum(ffn.spec.layout.active_fraction for ffn in ffns.values()) / len(ffns)
+    share = min(1.0, max(LEAST_SHARE, 2 * idle))
+    lr = LR * share if config.lr is None else config.lr
+    router_lr = ROUTER_LR * share if config.router_lr is None else config.router_lr
+    return {
+        f"{name}.{inner}": router_lr if inner.startswith("router.") else lr
+        for name, ffn in ffns.items()
+        for inner, _ in ffn.named_parameters()
+    }
 
 
 def share_frozen(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
