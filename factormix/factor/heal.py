@@ -62,7 +62,7 @@ def heal(
         quiet: no progress bar.
 
     Returns:
-        seconds, tokens, peak_bytes, params_trained, metrics (loss parts by step).
+        seconds, tokens, peak_bytes, params_trained, metrics (loss parts by step), lr and router_lr (peaks).
 
     Raises:
         FactorMixError: no loss weight above 0, CE for a model that predicts no next token, a student that is not
@@ -81,30 +81,31 @@ def heal(
         raise FactorMixError(
             f"pa {config.pa} and balance {config.balance} train routers; this model has none. Leave them 0."
         )
+    lr, router_lr = peak_rates(student, config)
+    rates = {}
+    for name, module in student.named_modules():
+        if isinstance(module, SparseFFN):
+            for inner, _ in module.named_parameters():
+                rates[f"{name}.{inner}"] = router_lr if inner.startswith("router.") else lr
     loop = LoopConfig.of(config, seed=seed)
     loss = HealingLoss(student, teacher.eval(), config, label, pa_form)
     with tempfile.TemporaryDirectory() as scratch, loss.watching():
         folder = scratch if work is None else work.path / "healing"
-        result = train(student, text, loss, learning_rates(student, config), loop, folder, label="healing", quiet=quiet)
-    return asdict(result)
+        result = train(student, text, loss, rates, loop, folder, label="healing", quiet=quiet)
+    return {**asdict(result), "lr": lr, "router_lr": router_lr}
 
 
-def learning_rates(student: PreTrainedModel, config: HealConfig) -> dict[str, float]:
-    """Peak rate of every parameter that healing trains, by name.
+def peak_rates(student: PreTrainedModel, config: HealConfig) -> tuple[float, float]:
+    """Peak learning rates: of experts and shared neurons, and of routers.
 
-    Left open, rates fall with the share of neurons that do not run: the less there is to mend, the more a rate that
+    Left open, both fall with the share of neurons that do not run: the less there is to mend, the more a rate that
     suits half of the neurons first destroys.
     """
-    ffns = {name: module for name, module in student.named_modules() if isinstance(module, SparseFFN)}
-    idle = 1 - sum(ffn.spec.layout.active_fraction for ffn in ffns.values()) / len(ffns)
+    layouts = [ffn.spec.layout for ffn in student.sparse_ffns().values()]  # type: ignore[operator]
+    idle = 1 - sum(layout.active_fraction for layout in layouts) / len(layouts)
     share = min(1.0, max(LEAST_SHARE, 2 * idle))
     lr = LR * share if config.lr is None else config.lr
-    router_lr = ROUTER_LR * share if config.router_lr is None else config.router_lr
-    return {
-        f"{name}.{inner}": router_lr if inner.startswith("router.") else lr
-        for name, ffn in ffns.items()
-        for inner, _ in ffn.named_parameters()
-    }
+    return lr, ROUTER_LR * share if config.router_lr is None else config.router_lr
 
 
 def share_frozen(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

@@ -90,7 +90,7 @@ def test_a_recipe_is_the_same_as_flags(run: Run, sparse: Path, llama: Path, text
     assert sha256("recipe/model.factormix.safetensors") == sha256("flags/model.factormix.safetensors")
     said = run("validate", "r.yaml", "--json", "v.json")
     assert "# for factormix heal" in said and "on 0 tokens in windows of 32: 0 steps of 128" in said
-    assert read("v.json")["command"] == "heal" and read("v.json")["recipe"]["router_lr"] == 1e-3
+    assert read("v.json")["command"] == "heal" and read("v.json")["recipe"]["kl"] == 1.0
     Path("again.yaml").write_text(said, encoding="utf-8")
     assert run("validate", "again.yaml") == said
 

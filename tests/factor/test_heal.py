@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from factormix import FactorMixError
 from factormix.factor.config import FactorConfig, HealConfig
 from factormix.factor.factorize import factorize, work_directory
-from factormix.factor.heal import LR, ROUTER_LR, HealingLoss, heal, learning_rates
+from factormix.factor.heal import LR, ROUTER_LR, HealingLoss, heal, peak_rates
 from factormix.factor.losses import hidden_distance
 from factormix.run.workdir import WorkDirectory
 from factormix.train import distillation
@@ -85,7 +85,7 @@ def test_healing_lowers_the_loss_and_trains_sparse_ffns_only() -> None:
     assert all(torch.equal(p, teacher[name]) for name, p in dense.named_parameters())
     history = done["metrics"]["history"]
     assert history[-1]["kl"] < history[0]["kl"]
-    assert done["tokens"] == 2048
+    assert done["tokens"] == 2048 and done["lr"] == 5e-3 and done["router_lr"] == ROUTER_LR
     assert done["params_trained"] == sum(p.numel() for n, p in sparse.named_parameters() if ".mlp." in n)
 
 
@@ -93,12 +93,8 @@ def test_healing_lowers_the_loss_and_trains_sparse_ffns_only() -> None:
 def test_rates_left_open_fall_where_little_is_to_mend(layout: str, share: float) -> None:
     config = FactorConfig.parse(layout, layer_fit=False, allocation="uniform", **QUICK)
     sparse = factorize(tiny_model("llama"), config, windows(), quiet=True)
-    rates = learning_rates(sparse, HealConfig())
-    assert rates.keys() == {name for name, _ in sparse.named_parameters() if ".mlp." in name}
-    for name, rate in rates.items():
-        assert rate == pytest.approx(share * (ROUTER_LR if ".router." in name else LR)), name
-    given = learning_rates(sparse, HealConfig(lr=0.5, router_lr=0.25))
-    assert all(rate == (0.25 if ".router." in name else 0.5) for name, rate in given.items())
+    assert peak_rates(sparse, HealConfig()) == pytest.approx((share * LR, share * ROUTER_LR))
+    assert peak_rates(sparse, HealConfig(lr=0.5, router_lr=0.25)) == (0.5, 0.25)
 
 
 OTHER_HEADS = {
