@@ -78,7 +78,7 @@ def describe_healing(
     """What healing comes to, from the configs of the sparse model and, where it is known, the dense one.
 
     Raises:
-        FactorMixError: MODEL is dense, or its dense model is not.
+        FactorMixError: `sparse` is dense.
     """
     if not isinstance(sparse, FactorMixConfig):
         raise FactorMixError(f"this {sparse.model_type} is dense, there is nothing to heal; `factormix factor` it.")

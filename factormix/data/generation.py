@@ -34,11 +34,26 @@ def _named_ends(tokenizer: Any) -> list[int]:
     return [known[word] for word in DOCUMENT_ENDS if word in known]
 
 
-def generate_by(rule: GenerationConfig, model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """The tokens (N, P + M) of `generate` for prompts ids (N, P) under mask (N, P); the model is left as it was.
+def padding(tokenizer: Any, ends: list[int]) -> int:
+    """What fills a row up: the tokenizer's own, else one of `ends`."""
+    if tokenizer.pad_token_id is not None:
+        return int(tokenizer.pad_token_id)
+    return ends[0] if ends else 0
 
-    Nothing in `rule` is filled from the model's own generation config, end-of-sequence tokens included.
+
+def continued(
+    model: PreTrainedModel, tokenizer: Any, ids: Tensor, mask: Tensor, max_new_tokens: int, **choice: Any
+) -> Tensor:
+    """Prompts ids (N, P) under mask (N, P) and what the model says up to an end, (N, P + M); it is left as it was.
+
+    `choice` is how a token is chosen, in GenerationConfig's words. Of the model's own generation config only the
+    end-of-sequence tokens count.
     """
+    ends = end_tokens(model, tokenizer)
+    rule = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=max_new_tokens, num_beams=1, repetition_penalty=1.0,
+        eos_token_id=ends or None, pad_token_id=padding(tokenizer, ends), **choice,
+    )  # fmt: skip
     own, was_training = model.generation_config, model.training
     model.train(False)
     # generate() fills what `rule` leaves open from the model's own

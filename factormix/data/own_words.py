@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from factormix.data.generation import document_start, end_tokens, generate_by
+from factormix.data.generation import continued, document_start, end_tokens, padding
 from factormix.run.errors import FactorMixError
 
 OwnKind = Literal["chat", "text"]
@@ -86,7 +86,7 @@ def drawn_answers(model: PreTrainedModel, tokenizer: Any, questions: list[str], 
         )["input_ids"]
         for question in questions
     ]
-    longest, pad = max(map(len, prompts)), _padding(tokenizer, end_tokens(model, tokenizer))
+    longest, pad = max(map(len, prompts)), padding(tokenizer, end_tokens(model, tokenizer))
     ids = torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts])  # (N, P), padded on the left
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     rows = _draw(model, tokenizer, ids, mask, max_new_tokens)
@@ -100,22 +100,13 @@ def _opening(tokenizer: Any) -> list[int]:
     return list(tokenizer(whole.split(marker)[0], add_special_tokens=False)["input_ids"])
 
 
-def _padding(tokenizer: Any, ends: list[int]) -> int:
-    if tokenizer.pad_token_id is not None:
-        return int(tokenizer.pad_token_id)
-    return ends[0] if ends else 0
-
-
 def _draw(
     model: PreTrainedModel, tokenizer: Any, ids: Tensor, mask: Tensor, length: int, *, whole: bool = False
 ) -> list[list[int]]:
     """What follows each row of ids (N, P), up to its end; `whole` leaves out rows that do not end."""
     ends = end_tokens(model, tokenizer)
-    rule = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=length, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, num_beams=1,
-        repetition_penalty=1.0, eos_token_id=ends or None, pad_token_id=_padding(tokenizer, ends),
-    )  # fmt: skip
-    out = generate_by(rule, model, ids, mask)
+    how = {"do_sample": True, "temperature": TEMPERATURE, "top_k": 0, "top_p": 1.0}
+    out = continued(model, tokenizer, ids, mask, length, **how)
     rows = []
     for row in out[:, ids.shape[1] :].tolist():
         stops = [place for place, token in enumerate(row) if token in ends]

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from factormix.data.generation import end_tokens, generate_by
+from factormix.data.generation import continued, end_tokens
 from factormix.evaluate.causal import REMEDY
 from factormix.run.errors import FactorMixError
 
@@ -35,16 +35,7 @@ def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, max_new_tokens: 
         raise FactorMixError(f"max_new_tokens received {max_new_tokens}; allowed: at least 1.")
     ids = _encode(tokenizer, prompt, chat).to(next(model.parameters()).device)  # (1, P)
     stop = end_tokens(model, tokenizer)
-    pad = tokenizer.pad_token_id
-    rule = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        eos_token_id=stop or None,
-        pad_token_id=pad if pad is not None else (stop[0] if stop else 0),
-    )
-    out = generate_by(rule, model, ids, torch.ones_like(ids))
+    out = continued(model, tokenizer, ids, torch.ones_like(ids), max_new_tokens, do_sample=False)
     said = out[0, ids.shape[1] :].tolist()
     if said and said[-1] in stop:  # the model's own end need not be special to the tokenizer
         said.pop()
