@@ -88,6 +88,7 @@ def test_a_recipe_is_the_same_as_flags(run: Run, sparse: Path, llama: Path, text
     Path("r.yaml").write_text("\n".join([*lines, "tokens: 64", "batch_tokens: 128", "lr: 1.0e-3"]), encoding="utf-8")
     run("heal", "--recipe", "r.yaml", "--tokens", 2048)  # a flag wins
     assert sha256("recipe/model.factormix.safetensors") == sha256("flags/model.factormix.safetensors")
+    assert read("flags/run.json")["seed"] == read("recipe/run.json")["seed"] == 3
     said = run("validate", "r.yaml", "--json", "v.json")
     assert "# for factormix heal" in said and "on 0 tokens in windows of 32: 0 steps of 128" in said
     assert read("v.json")["command"] == "heal" and read("v.json")["recipe"]["kl"] == 1.0
