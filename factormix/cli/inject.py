@@ -32,6 +32,7 @@ from factormix.run.errors import FactorMixError
 from factormix.run.progress import say
 from factormix.run.record import RunRecord, peak_memory_bytes
 from factormix.run.workdir import WorkDirectory
+from factormix.train import step_tokens
 
 if TYPE_CHECKING:
     from factormix.mix.retrieve import TextEncoder
@@ -83,8 +84,9 @@ def inject(
     retriever = locate(config.retriever, quiet) if config.retain_by == "nearest" else None
     unfilled = empty(read_config(source))
     sizes, headless = stage1.plan(unfilled, config), masked_head.needs_head(unfilled)
+    window = fitting(config.window, unfilled.config)
     if dry_run:
-        typer.echo(f"{run.domain}: {sizes}\n{_budget(config, headless)}")
+        typer.echo(f"{run.domain}: {sizes}\n{_budget(config, headless, window)}")
         return
     say(f"{run.domain}: {sizes}", quiet)
     torch.manual_seed(config.seed)
@@ -95,7 +97,7 @@ def inject(
         base = open_model(source, dtype, device, device_map)
         micro = batches.stage1_batches(
             paths, [str(path) for path in general], tokenizer,
-            window=fitting(config.window, base.config), tokens=config.tokens, seed=config.seed,
+            window=window, tokens=config.tokens, seed=config.seed,
             general_tokens=_general_tokens(config, headless), old_every=config.old_every,
         )  # fmt: skip
     held = micro.distinct * micro.tokens
@@ -152,14 +154,15 @@ def _text_encoder(source: Source, device: str) -> TextEncoder:
     return TextEncoder(open_model(source, "float32", device), open_tokenizer(source))
 
 
-def _budget(config: InjectConfig, headless: bool) -> str:
+def _budget(config: InjectConfig, headless: bool, window: int) -> str:
+    step = step_tokens(config.batch_tokens, window)
     old = "without L_S"
     if config.old_knowledge != "none":
         old = f"L_S {config.old_knowledge} on {config.tokens // config.old_every:,} tokens of general text"
     if config.old_knowledge != "none" and config.retain_by == "nearest":
         old += f", the nearest by {config.retriever}"
     first = f"first a masked-LM head on {config.head_tokens:,} general tokens; " if headless else ""
-    return f"{first}{config.tokens:,} tokens of knowledge, {config.batch_tokens:,} a step; {old}"
+    return f"{first}{config.tokens // step * step:,} tokens of knowledge, {step:,} a step; {old}"
 
 
 def _summary(run: InjectRecipe, source: Source, result: dict[str, Any], causal: bool) -> str:

@@ -186,6 +186,8 @@ def test_dry_run_prints_the_numbers_and_writes_nothing(llama: Path, sparse: Path
     for model in (llama, sparse):
         said = run(*words(model, text, "adapter", "--dry-run"))
         assert "1 adapters of width 8 at layers 0: 768 parameters" in said and "1,536 FLOPs a token" in said
+    said = run(*words(llama, text, "adapter", "--batch-tokens", "100", "--dry-run"))
+    assert "960 tokens of knowledge, 96 a step" in said  # whole windows of 32, whole steps of 1,024 tokens
     assert not Path("adapter").exists() and not Path("adapter.work").exists()
 
 
