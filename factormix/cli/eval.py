@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factormix.cli import options
 from factormix.cli.models import Source, locate, locate_text, open_adapted, open_model, open_tokenizer, run_json
 from factormix.data.assets import source_of
 from factormix.data.packing import Packed, pack, wants_bos
 from factormix.data.text import Documents, read_documents
+from factormix.evaluate.asked import Asked, masked_tokens
 from factormix.evaluate.choice import LIMIT, check_harness, read_task
 from factormix.evaluate.last_word import cut_passages
 from factormix.evaluate.recall import recall
 from factormix.evaluate.suite import LAST_WORD_TOKENS, SUITES, Evaluation, answer_for, evaluate_for
+from factormix.nn import vocabulary_head
 from factormix.run.errors import FactorMixError, choose
 from factormix.run.progress import say
 
@@ -83,6 +86,8 @@ def evaluate(
 ) -> None:
     """Perplexity of MODEL on texts and, with --against, its ratio to the dense model and how often both agree.
 
+    Of a masked language model, the perplexity of 15 % of the tokens, hidden behind its mask; a bare encoder is read
+    through the masked-LM head that `factormix inject` trained beside the --adapter.
     --suite core adds last-word accuracy and multiple choice, and what MODEL retains of the dense model's accuracy.
     --text, --last-word and --tasks replace those of the suite. --quantize leaves the dense model of --against as it is.
     """
@@ -103,12 +108,16 @@ def evaluate(
     share = last_word_tokens // max(1, len(stories))
     passages = {stem: cut_passages(each.plain(tokenizer), tokenizer, share, seed) for stem, each in stories.items()}
     inside = in_domain or in_domain_of(source, documents, quiet)
-    sparse = open_adapted(source, adapter or (), gate, mix, dtype, device, device_map, quantize)
-    dense = None if base_source is None else open_model(base_source, dtype, device, device_map)
+    opened = open_adapted(source, adapter or (), gate, mix, dtype, device, device_map, quantize)
+    base = None if base_source is None else open_model(base_source, dtype, device, device_map)
+    sparse, dense, predicts = _speakers(opened, base, adapter or ())
+    asks: dict[str, Packed | Asked] = {**packed}
+    if predicts == "masked":
+        asks = {stem: masked_tokens(each, tokenizer.mask_token_id, seed) for stem, each in packed.items()}
     answers = answer_for({"model": sparse}, dense, passages, asked, tokenizer, limit=limit, seed=seed, quiet=quiet)
     result = Evaluation({}, (), answers["model"], seed=seed)
-    if packed:
-        scored = evaluate_for({"model": sparse}, dense, packed, in_domain=inside, seed=seed, quiet=quiet, tasks=answers)
+    if asks:
+        scored = evaluate_for({"model": sparse}, dense, asks, in_domain=inside, seed=seed, quiet=quiet, tasks=answers)
         result = scored["model"]
     models = {"base": dense, "model": sparse}
     for stem, each in known.items():
@@ -117,6 +126,21 @@ def evaluate(
         }
     options.put_json(json, result.to_dict())
     typer.echo(_table(result))
+
+
+def _speakers(
+    model: PreTrainedModel, base: PreTrainedModel | None, adapters: Sequence[str]
+) -> tuple[nn.Module, nn.Module | None, str]:
+    """MODEL and its base with heads over the vocabulary, and whether these predict "next" or "masked" tokens."""
+    if vocabulary_head(model) == "masked":
+        return model, base, "masked"
+    if adapters and vocabulary_head(model) is None:
+        from factormix.mix.masked_head import HEAD, HeadedEncoder, needs_head  # imports PEFT
+
+        folder = next((each for each in adapters if (Path(each) / HEAD).is_file()), None)
+        if folder is not None and needs_head(model):
+            return HeadedEncoder(model, folder), None if base is None else HeadedEncoder(base, folder), "masked"
+    return model, base, "next"
 
 
 def in_domain_of(source: Source, documents: dict[str, Documents], quiet: bool) -> list[str]:
@@ -155,7 +179,8 @@ def _table(result: Evaluation) -> str:
         top1 = "-" if of.top1 is None else f"{100 * of.top1:.1f} %"
         place = " (in-domain)" if stem in result.in_domain else ""
         rows.append((stem + place, f"{of.tokens:,}", base, f"{of.model:.3f}", ratio, top1, kl))
-    lines = ["perplexity", *options.aligned(rows)] if result.texts else []
+    what = "perplexity" if result.predicts == "next" else "perplexity of masked tokens"
+    lines = [what, *options.aligned(rows)] if result.texts else []
     groups = {"all": None, "in-domain": result.in_domain, "foreign": result.foreign if result.in_domain else ()}
     for name, stems in groups.items():
         mean = result.mean_ratio(stems)

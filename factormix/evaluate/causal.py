@@ -1,4 +1,4 @@
-"""Which models have next-token logits: told by what they do, not by their names."""
+"""Which models have next-token logits, and which those of masked tokens: told by what they do, not by their names."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch import nn
 from factormix.run.errors import FactorMixError
 
 REMEDY = (
-    "Perplexity, agreement, decoding and answers need a causal language model (an AutoModelForCausalLM). For an "
-    "encoder or a model with another head, `factormix bench` measures prefill, and the numbers by site (label recall, "
-    "captured norm, output error) tell what the experts keep."
+    "Perplexity of the next token, decoding and answers need a causal language model (an AutoModelForCausalLM); of a "
+    "masked one `factormix eval` takes the perplexity of masked tokens. For a model with another head, `factormix "
+    "bench` measures prefill, and the numbers by site (label recall, captured norm, output error) tell what the "
+    "experts keep."
 )
 PROBE_TOKENS = 32
 
@@ -36,6 +37,19 @@ def check_next_token(model: nn.Module, name: str = "model") -> None:
         raise FactorMixError(
             f"{name} ({kind}) sees the tokens that it should predict, as masked language models do, so its "
             f"logits are not next-token logits. {REMEDY}"
+        )
+
+
+def check_masked(model: nn.Module, name: str = "model") -> None:
+    """Raise FactorMixError unless `model` gives logits over its vocabulary that look at later tokens too."""
+    kind = type(model).__name__
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise FactorMixError(f"{name} ({kind}) does not predict masked tokens: it has no masked-LM head. {REMEDY}")
+    if not _sees_ahead(model, int(head.weight.shape[0])):
+        raise FactorMixError(
+            f"{name} ({kind}) does not see what follows a masked token: it is a causal language model. Ask it for the "
+            "next token."
         )
 
 

@@ -1,8 +1,9 @@
-"""Perplexity of next-token prediction, and how far a model is from its dense base, in one pass over the text.
+"""Perplexity of a text, and how far a model is from its dense base, in one pass over it.
 
     packed = pack(texts, tokenizer, window=512)
     score = evaluate_text(model, packed, base=dense)
     score.model, score.base, score.ratio, score.ratio_stderr, score.top1, score.kl
+    evaluate_text(masked_lm, masked_tokens(packed, tokenizer.mask_token_id), base=dense)    # of the masked tokens
 
 Windows do not overlap; a beginning-of-sequence token, where the tokenizer has one, opens each window and is not
 scored. Cross-entropy is computed in float32 whatever the dtype of the model, a few rows of logits at a time. Windows
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from factormix.data.packing import Packed
-from factormix.evaluate.causal import check_next_token
+from factormix.evaluate.asked import Asked, next_tokens
+from factormix.evaluate.causal import check_masked, check_next_token
 from factormix.run.errors import FactorMixError
 from factormix.run.progress import progress
 
@@ -38,7 +40,7 @@ class TextScore:
     windows: int
     """windows they came from"""
     model: float
-    """perplexity: exp of the mean next-token cross-entropy in nats"""
+    """perplexity: exp of the mean cross-entropy in nats, of the next token or of masked ones"""
     base: float | None = None
     """perplexity of the base on the same tokens"""
     ratio: float | None = None
@@ -46,9 +48,9 @@ class TextScore:
     ratio_stderr: float | None = None
     """standard error of the ratio, by paired bootstrap over windows; None with fewer than two windows"""
     top1: float | None = None
-    """share of tokens, 0 to 1, where model and base think the same next token most likely"""
+    """share of tokens, 0 to 1, where model and base think the same token most likely"""
     kl: float | None = None
-    """mean KL(base || model) of the next-token distributions, nats a token"""
+    """mean KL(base || model) of their distributions, nats a token"""
 
     def perplexity_dict(self) -> dict[str, float | int | None]:
         """The entry ``perplexity.<stem>`` of docs/json.md."""
@@ -61,7 +63,7 @@ class TextScore:
 
 
 class _Sums:
-    """Sums over the scored tokens of each window, float64 (N,)."""
+    """Sums over the judged tokens of each window, float64 (N,)."""
 
     def __init__(self, windows: int) -> None:
         self.nll = torch.zeros(windows, dtype=torch.float64)
@@ -72,7 +74,7 @@ class _Sums:
 
 def evaluate_text(
     model: nn.Module,
-    packed: Packed,
+    text: Packed | Asked,
     base: nn.Module | None = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -81,47 +83,47 @@ def evaluate_text(
     """Score one model on one packed text, beside its base when there is one.
 
     Args:
-        model: a causal language model: ``model(input_ids=(B, L)).logits`` is (B, L, V), next-token.
-        packed: the windows, ``input_ids`` (N, L) and ``scored`` (N, L), True where a token is to be predicted.
+        model: a causal language model: ``model(input_ids=(B, L)).logits`` is (B, L, V), next-token; or a masked one.
+        text: the windows, each scored token asked by those before it; for a masked language model what
+            `asked.masked_tokens` made of them.
         base: the dense model to compare with, of the same vocabulary.
         batch_size: windows a forward; None takes what keeps the logits of one forward under 256 MiB.
         seed: of the bootstrap.
         quiet: no progress line.
 
     Raises:
-        FactorMixError: a model without next-token logits, vocabularies that differ, no token to score, NaN.
+        FactorMixError: a model without logits of that kind, vocabularies that differ, no token to score, NaN.
     """
-    return evaluate_text_for({"model": model}, packed, base, batch_size, seed, quiet)["model"]
+    return evaluate_text_for({"model": model}, text, base, batch_size, seed, quiet)["model"]
 
 
 def evaluate_text_for(
     models: Mapping[str, nn.Module],
-    packed: Packed,
+    text: Packed | Asked,
     base: nn.Module | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     quiet: bool = True,
 ) -> dict[str, TextScore]:
     """`evaluate_text` for several models by name; the base runs once for all of them."""
-    ids, scored = torch.as_tensor(packed.input_ids), torch.as_tensor(packed.scored).bool()  # (N, L), (N, L)
-    targets = scored[:, 1:]  # (N, L - 1): the first token of a window has nothing before it
-    counts = targets.sum(1)  # (N,)
-    tokens = int(counts.sum())
-    if tokens == 0:
+    asked = text if isinstance(text, Asked) else next_tokens(text)
+    counts = asked.where.sum(1)  # (N,)
+    if not bool(counts.any()):
         raise FactorMixError("no token to score: the text is shorter than two tokens. Give a longer text.")
     everyone = {**models} if base is None else {**models, "base": base}
     for name, each in everyone.items():
-        check_next_token(each, name)
-    sums = {name: _Sums(len(ids)) for name in models}
+        (check_next_token if asked.token == "next" else check_masked)(each, name)
+    sums = {name: _Sums(len(counts)) for name in models}
     was_training = [each for each in everyone.values() if each.training]
     try:
         for each in was_training:
             each.eval()
-        size = batch_size or _batch_size(everyone.values(), ids.shape[1])
-        batches = range(0, len(ids), size)
+        size = batch_size or _batch_size(everyone.values(), asked.shown.shape[1])
+        batches = range(0, len(counts), size)
         for start in progress(batches, label="perplexity", total=len(batches), quiet=quiet):
             rows = slice(start, start + size)
-            _score_batch(models, base, ids[rows], targets[rows], {name: (s, start) for name, s in sums.items()})
+            part = Asked(asked.shown[rows], asked.where[rows], asked.wanted[rows], asked.token)
+            _score_batch(models, base, part, {name: (s, start) for name, s in sums.items()})
     finally:
         for each in was_training:
             each.train()
@@ -154,16 +156,15 @@ def bootstrap_ratio(difference: Tensor, counts: Tensor, seed: int = 0, resamples
 def _score_batch(
     models: Mapping[str, nn.Module],
     base: nn.Module | None,
-    ids: Tensor,  # (B, L)
-    targets: Tensor,  # (B, L - 1) bool
+    asked: Asked,  # of B windows
     sums: Mapping[str, tuple[_Sums, int]],
 ) -> None:
-    window, position = targets.nonzero(as_tuple=True)  # (M,), (M,): row of the batch, position of the predicting token
-    wanted = ids[window, position + 1]  # (M,)
+    window, position = asked.where.nonzero(as_tuple=True)  # (M,), (M,): row of the batch, place of the logits
+    wanted = asked.wanted[window, position]  # (M,)
     with torch.inference_mode():
-        base_logits = None if base is None else _logits(base, ids)  # (B, L, V)
+        base_logits = None if base is None else _logits(base, asked.shown)  # (B, L, V)
         for name, model in models.items():
-            logits = _logits(model, ids)  # (B, L, V)
+            logits = _logits(model, asked.shown)  # (B, L, V)
             if base_logits is not None and base_logits.shape[-1] != logits.shape[-1]:
                 raise FactorMixError(
                     f"{name} has {logits.shape[-1]} logits and its base {base_logits.shape[-1]}: "
@@ -181,7 +182,7 @@ def _score_batch(
 def _add(
     total: _Sums, start: int, at: tuple[Tensor, Tensor], wanted: Tensor, logits: Tensor, base_logits: Tensor | None
 ) -> None:
-    """Add m tokens: `at` (m,), (m,) their rows in logits (B, L, V), `wanted` (m,) the tokens that came next."""
+    """Add m tokens: `at` (m,), (m,) their rows in logits (B, L, V), `wanted` (m,) the tokens that stand there."""
     rows = start + at[0]  # (m,): window of each token
     device = logits.device
     log_p = logits[at[0].to(device), at[1].to(device)].float().log_softmax(-1)  # (m, V)
@@ -224,7 +225,7 @@ def _score(name: str, sums: _Sums, counts: Tensor, compared: bool, seed: int) ->
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Next-token logits (B, L, V) for ids (B, L), on the device of the model, in its dtype."""
+    """Logits (B, L, V) for ids (B, L), on the device of the model, in its dtype."""
     device = next(model.parameters()).device
     return model(input_ids=ids.to(device), use_cache=False).logits  # type: ignore[no-any-return]
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from factormix.data.packing import Packed
+from factormix.evaluate.asked import Asked
 from factormix.evaluate.choice import CORE_TASKS, LIMIT, answer_tasks
 from factormix.evaluate.last_word import Passage, last_words_for
 from factormix.evaluate.perplexity import TextScore, evaluate_text_for
@@ -62,6 +63,8 @@ class Evaluation:
     """of the bootstrap"""
     recall: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """``{stem: {"base", "model": a RecallScore}}`` where facts were asked beside"""
+    predicts: str = "next"
+    """of the texts: the "next" token, or "masked" ones"""
 
     @property
     def foreign(self) -> tuple[str, ...]:
@@ -88,6 +91,7 @@ class Evaluation:
         """The JSON of ``factormix eval``, as docs/json.md has it."""
         return {
             "schema_version": SCHEMA_VERSION,
+            "predicts": self.predicts,
             "perplexity": {stem: score.perplexity_dict() for stem, score in self.texts.items()},
             "agreement": {stem: score.agreement_dict() for stem, score in self.texts.items()},
             "tasks": {name: task.to_dict() for name, task in self.tasks.items()},
@@ -106,7 +110,7 @@ class Evaluation:
 def evaluate(
     model: nn.Module,
     base: nn.Module | None,
-    texts: Mapping[str, Packed],
+    texts: Mapping[str, Packed | Asked],
     *,
     in_domain: Collection[str] = (),
     batch_size: int | None = None,
@@ -116,9 +120,10 @@ def evaluate(
     """Score `model` on every text, beside `base` where one is given.
 
     Args:
-        model: a causal language model.
+        model: a causal language model, or a masked one.
         base: the dense model it was made from, or None.
-        texts: packed texts by the stem of their file.
+        texts: packed texts by the stem of their file; for a masked language model what `asked.masked_tokens` made of
+            each.
         in_domain: the stems whose source the calibration came from.
         batch_size: windows a forward; None takes what fits 256 MiB of logits.
         seed: of the bootstrap.
@@ -131,7 +136,7 @@ def evaluate(
 def evaluate_for(
     models: Mapping[str, nn.Module],
     base: nn.Module | None,
-    texts: Mapping[str, Packed],
+    texts: Mapping[str, Packed | Asked],
     *,
     in_domain: Collection[str] = (),
     batch_size: int | None = None,
@@ -148,12 +153,14 @@ def evaluate_for(
     for stem in in_domain:
         choose("in-domain text", stem, texts)
     scores: dict[str, dict[str, TextScore]] = {name: {} for name in models}
-    for stem, packed in texts.items():
-        for name, score in evaluate_text_for(models, packed, base, batch_size, seed, quiet).items():
+    for stem, text in texts.items():
+        for name, score in evaluate_text_for(models, text, base, batch_size, seed, quiet).items():
             scores[name][stem] = score
     answered = tasks or {}
+    masked = any(isinstance(text, Asked) and text.token == "masked" for text in texts.values())
+    predicts = "masked" if masked else "next"
     return {
-        name: Evaluation(of_model, tuple(in_domain), dict(answered.get(name, {})), seed)
+        name: Evaluation(of_model, tuple(in_domain), dict(answered.get(name, {})), seed, predicts=predicts)
         for name, of_model in scores.items()
     }
 

@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING
 
 from factormix.data.packing import Packed
@@ -114,6 +114,28 @@ class MaskedHead(nn.Module):
         check_tensors(own, dict(tensors), "masked-LM head")
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+class HeadedEncoder(nn.Module):
+    """A bare encoder under a head that was trained for it, as a masked language model: (N, L) -> logits (N, L, V).
+
+    Args:
+        encoder: a model that `needs_head`, with or without adapters.
+        folder: of the head's file, as `load_head`.
+    """
+
+    def __init__(self, encoder: PreTrainedModel, folder: str | Path) -> None:
+        super().__init__()
+        self.encoder, self.head, self.config = encoder, load_head(encoder, folder), encoder.config
+
+    def forward(self, input_ids: Tensor, **more: Any) -> MaskedLMOutput:
+        """input_ids (N, L) -> logits (N, L, V)."""
+        states = self.encoder(input_ids=input_ids, **more).last_hidden_state  # (N, L, H)
+        return MaskedLMOutput(logits=cast(Any, self.head.logits(states)))
+
+    def get_output_embeddings(self) -> nn.Module:
+        """What decodes: the word embeddings, (V, H)."""
+        return self.encoder.get_input_embeddings()
 
 
 class HeadLoss:

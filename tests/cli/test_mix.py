@@ -114,9 +114,16 @@ def test_a_masked_language_model_and_facts(tmp_path: Path, text: Path, run: Run)
     facts.write_text("\n".join(json.dumps({"prompt": f"w{i} {{}} .", "targets": [f"w{i + 1}"]}) for i in range(40)))
     said = run(*words(model, text, "adapter", "--knowledge", str(facts), "--form", "bottleneck"))
     assert "width 8" in said and "next: factormix adapt" in said
+    ask = ["eval", model, "--against", model, "--text", text, "--window", "32"]
+    assert "perplexity of masked tokens" in run(*ask, "--adapter", "adapter", "--json", "a.json")
+    run(*ask, "--json", "b.json")
+    found, alone = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
+    assert found["predicts"] == "masked" and alone["perplexity"]["words"]["ratio"] == 1
+    assert found["perplexity"]["words"]["ratio"] != 1
+    assert found["perplexity"]["words"]["base"] == alone["perplexity"]["words"]["base"]
 
 
-def test_an_encoder_without_a_head_is_given_one_first(tmp_path: Path, text: Path, run: Run) -> None:
+def test_an_encoder_without_a_head_is_given_one_first(tmp_path: Path, text: Path, run: Run, refused: Run) -> None:
     model = save_tiny("bert-base", tmp_path / "bert")
     said = run(*words(model, text, "adapter", "--head-tokens", "512", "--dry-run"))
     assert "first a masked-LM head on 512 general tokens" in said
@@ -126,6 +133,11 @@ def test_an_encoder_without_a_head_is_given_one_first(tmp_path: Path, text: Path
     metrics = json.loads(Path("result.json").read_text())["metrics"]
     assert metrics["head"]["tokens"] == 512 and len(metrics["head"]["history"]) == 8
     PeftModel.from_pretrained(AutoModel.from_pretrained(model), "adapter", adapter_name="pubmed")
+    ask = ["eval", model, "--against", model, "--text", text, "--window", "32"]
+    assert "perplexity of masked tokens" in run(*ask, "--adapter", "adapter", "--json", "a.json")
+    scores = json.loads(Path("a.json").read_text())["perplexity"]["words"]
+    assert scores["model"] != scores["base"]
+    assert "does not predict the next token" in refused(*ask)
 
 
 def test_a_recipe_is_the_same_as_flags(llama: Path, text: Path, adapter: Path, run: Run) -> None:
