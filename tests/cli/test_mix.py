@@ -108,7 +108,7 @@ def test_a_factored_model_takes_adapter_and_merge(sparse: Path, text: Path, run:
     assert abs(apart / merged - 1) < 1e-5
 
 
-def test_a_masked_language_model_and_facts(tmp_path: Path, text: Path, run: Run) -> None:
+def test_a_masked_language_model_and_facts(tmp_path: Path, text: Path, run: Run, refused: Run) -> None:
     model = save_tiny("bert", tmp_path / "bert")
     facts = Path("facts.jsonl")
     facts.write_text("\n".join(json.dumps({"prompt": f"w{i} {{}} .", "targets": [f"w{i + 1}"]}) for i in range(40)))
@@ -117,6 +117,7 @@ def test_a_masked_language_model_and_facts(tmp_path: Path, text: Path, run: Run)
     ask = ["eval", model, "--against", model, "--text", text, "--window", "32"]
     assert "perplexity of masked tokens" in run(*ask, "--adapter", "adapter", "--json", "a.json")
     run(*ask, "--json", "b.json")
+    assert "predicts masked tokens; last words, tasks and facts ask for the next" in refused(*ask, "--facts", facts)
     found, alone = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
     assert found["predicts"] == "masked" and alone["perplexity"]["words"]["ratio"] == 1
     assert found["perplexity"]["words"]["ratio"] != 1
