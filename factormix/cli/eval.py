@@ -115,8 +115,8 @@ def evaluate(
     if predicts == "masked":
         if passages or asked or known:
             raise FactorMixError(
-                f"{source.typed!r} predicts masked tokens; last words, tasks and facts ask for the next one. Give texts "
-                "alone: --text, without --suite."
+                f"{source.typed!r} predicts masked tokens; last words, tasks and facts ask for the next one. Give "
+                "texts alone: --text, without --suite."
             )
         asks = {stem: masked_tokens(each, tokenizer.mask_token_id, seed) for stem, each in packed.items()}
     answers = answer_for({"model": sparse}, dense, passages, asked, tokenizer, limit=limit, seed=seed, quiet=quiet)
