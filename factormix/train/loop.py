@@ -210,7 +210,7 @@ def train(
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1,
         gradient_accumulation_steps=accumulation, max_grad_norm=config.clip, lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(config.warmup * steps), save_steps=config.save_steps, save_total_limit=2,
+        warmup_steps=min(math.ceil(config.warmup * steps), steps - 1), save_steps=config.save_steps, save_total_limit=2,
         seed=config.seed, data_seed=config.seed, bf16=bf16_pays(device) if config.bf16 is None else config.bf16,
         use_cpu=device.type == "cpu", report_to="none", logging_strategy="no", disable_tqdm=True,
         remove_unused_columns=False, dataloader_pin_memory=False,

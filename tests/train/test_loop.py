@@ -44,6 +44,15 @@ def test_the_time_limit_stops_in_good_order(tmp_path: Path) -> None:
     assert result.metrics["steps"] == 1 and (tmp_path / "checkpoint-1" / "trainer_state.json").is_file()
 
 
+def test_a_single_step_trains(tmp_path: Path) -> None:
+    """Warming up starts at a rate of 0; it must leave a step over."""
+    model = tiny_model("llama")
+    before = model.lm_head.weight.detach().clone()
+    config = LoopConfig(tokens=64, batch_tokens=64, bf16=False)
+    train(model, windows(), next_token, {"lm_head.weight": 1e-3}, config, tmp_path, quiet=True)
+    assert not torch.equal(model.lm_head.weight, before)
+
+
 def test_gradients_are_clipped_after_backward(tmp_path: Path) -> None:
     moved = {}
     for clip in (0.0, 1e-9):
