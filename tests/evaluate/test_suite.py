@@ -16,7 +16,7 @@ from factormix.run.errors import FactorMixError
 def test_json_keys_are_exact(llama, windows):
     texts = {"brown": windows(seed=0), "foldoc": windows(seed=1)}
     made = evaluate(llama(1), llama(0), texts, in_domain=["brown"]).to_dict()
-    keys = "schema_version perplexity agreement tasks recall retention in_domain foreign mean_ratio"
+    keys = "schema_version predicts perplexity agreement tasks recall retention in_domain foreign mean_ratio"
     assert set(made) == set(keys.split())
     assert made["retention"] == {"all": None, "choice": None, "last_word": None} and made["tasks"] == {}
     assert made["schema_version"] == 1
