@@ -16,17 +16,8 @@ def test_factored_and_judged_by_masked_tokens(tmp_path: Path, text: Path, run: C
     common = ["--against", bert, "--text", text, "--window", "32", "--tokens", "2048", "--quiet"]
     run("factor", bert, "-o", "whole", "--layout", "S1A3E4", "--text", text, *CUT)
     run("factor", bert, "-o", "half", "--layout", "S1A1E4", "--text", text, *CUT)
-    run(
-        "heal",
-        "half",
-        "-o",
-        "healed",
-        "--against",
-        bert,
-        "--text",
-        text,
-        *"--tokens 512 --window 32 --batch-tokens 64 --quiet".split(),
-    )
+    few = "--tokens 512 --window 32 --batch-tokens 64 --quiet".split()
+    run("heal", "half", "-o", "healed", "--against", bert, "--text", text, *few)
     ratios = {}
     for name in ("whole", "half", "healed"):
         run("eval", name, *common, "--json", f"{name}.json")
