@@ -1,4 +1,4 @@
-"""What all tests share: one torch thread (so small a model makes a second one wait), and no downloads unasked."""
+"""What all tests share: one torch thread (so small a model makes a second wait), a seed, and no downloads unasked."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "download: fetches from package registries; needs --download")
     torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch.manual_seed(0)  # each test's own, so that none depends on what ran before it
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
