@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from factormix.cli import options
 from factormix.cli.models import Source, locate, locate_text, open_adapted, open_model, open_tokenizer, run_json
 from factormix.data.assets import source_of
-from factormix.data.packing import Packed, pack, wants_bos
+from factormix.data.packing import Packed, mask_token, pack, wants_bos
 from factormix.data.text import Documents, read_documents
 from factormix.evaluate.asked import Asked, masked_tokens
 from factormix.evaluate.choice import LIMIT, check_harness, read_task
@@ -118,7 +118,8 @@ def evaluate(
                 f"{source.typed!r} predicts masked tokens; last words, tasks and facts ask for the next one. Give "
                 "texts alone: --text, without --suite."
             )
-        asks = {stem: masked_tokens(each, tokenizer.mask_token_id, seed) for stem, each in packed.items()}
+        mask = mask_token(tokenizer, opened)
+        asks = {stem: masked_tokens(each, mask, seed) for stem, each in packed.items()}
     answers = answer_for({"model": sparse}, dense, passages, asked, tokenizer, limit=limit, seed=seed, quiet=quiet)
     result = Evaluation({}, (), answers["model"], seed=seed)
     if asks:

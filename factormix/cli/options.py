@@ -93,13 +93,13 @@ def config_flags(config: type[Config]) -> Callable[[Callable[..., None]], Callab
         @functools.wraps(command)
         def with_flags(**arguments: Any) -> None:
             given: dict[str, Any] = {}
-            for name, path in flags.items():
+            for name, flag in flags.items():
                 value = arguments.pop(name)
                 if value is not None and value != []:
                     place = given
-                    for key in path.path[:-1]:
+                    for key in flag.path[:-1]:
                         place = place.setdefault(key, {})
-                    place[path.path[-1]] = value
+                    place[flag.path[-1]] = flag.read(value)
             command(given=given, **arguments)
 
         own = inspect.signature(command, eval_str=True)
@@ -119,6 +119,7 @@ def config_flags(config: type[Config]) -> Callable[[Callable[..., None]], Callab
 class _Flag(typing.NamedTuple):
     path: tuple[str, ...]  # keys in the nested dict
     annotation: Any
+    read: Callable[[Any], Any] = lambda value: value  # from what was typed
 
 
 def _flags(config: type[Config], prefix: tuple[str, ...] = ()) -> dict[str, _Flag]:
@@ -129,13 +130,16 @@ def _flags(config: type[Config], prefix: tuple[str, ...] = ()) -> dict[str, _Fla
         if isinstance(field.type, type) and issubclass(field.type, Config):
             found |= _flags(field.type, path)
         else:
-            found["_".join(path)] = _Flag(path, _annotation(field, path))
+            found["_".join(path)] = _flag(field, path)
     return found
 
 
-def _annotation(field: Option, path: tuple[str, ...]) -> Any:
+def _flag(field: Option, path: tuple[str, ...]) -> _Flag:
     kind, dashed = _plain_type(field.type), "-".join(path).replace("_", "-")
     name = FLAG_NAMES.get(".".join(path), f"--{dashed}")
+    if kind == list[int]:
+        option = typer.Option(name, help=f"{field.help}; for example 0,1,2", metavar="N,N...")
+        return _Flag(path, Annotated[list[str] | None, option], functools.partial(_whole_numbers, name))
     if kind is bool:
         name = f"{name}/--no-{dashed}"
     option = typer.Option(
@@ -144,7 +148,16 @@ def _annotation(field: Option, path: tuple[str, ...]) -> Any:
         metavar=None if field.choices is None else "|".join(map(str, field.choices)),
         show_default=False,
     )
-    return Annotated[kind | None, option]
+    return _Flag(path, Annotated[kind | None, option])
+
+
+def _whole_numbers(name: str, typed: list[str]) -> list[int]:
+    """What a flag for whole numbers was given: with commas between them, and repeated if one likes."""
+    numbers = ",".join(typed).split(",")
+    try:
+        return [int(number) for number in numbers]
+    except ValueError:
+        raise FactorMixError(f"{name} {','.join(typed)!r} is not a list of whole numbers; write it as 0,1,2.") from None
 
 
 def _plain_type(hint: Any) -> Any:

@@ -145,6 +145,20 @@ def wants_bos(tokenizer: PreTrainedTokenizerBase) -> bool | None:
     return None if tokenizer.bos_token_id is None else True
 
 
+def mask_token(tokenizer: PreTrainedTokenizerBase | None, model: object) -> int:
+    """The id of the mask token, for a model that predicts masked tokens.
+
+    Raises:
+        FactorMixError: there is none.
+    """
+    found = None if tokenizer is None else tokenizer.mask_token_id
+    if found is None:
+        raise FactorMixError(
+            f"{type(model).__name__} learns and is judged by masked tokens; its tokenizer has no mask token."
+        )
+    return int(found)
+
+
 def fitting(window: int, config: PretrainedConfig) -> int:
     """`window` tokens, or as many as the model has positions."""
     return min(window, getattr(config, "max_position_embeddings", None) or window)

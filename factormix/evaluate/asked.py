@@ -45,20 +45,18 @@ def next_tokens(packed: Packed) -> Asked:
     return Asked(ids, where, ids.roll(-1, dims=1), "next")
 
 
-def masked_tokens(packed: Packed, mask_token: int | None, seed: int = 0, share: float = MASKED_SHARE) -> Asked:
+def masked_tokens(packed: Packed, mask_token: int, seed: int = 0, share: float = MASKED_SHARE) -> Asked:
     """A share of the scored tokens, each hidden behind the mask token; the same ones for the same text and seed.
 
     Args:
         packed: the windows.
-        mask_token: the id of the tokenizer's, which may have none.
+        mask_token: its id.
         seed: of which tokens are hidden.
         share: of the scored tokens, in expectation.
 
     Raises:
-        FactorMixError: no mask token; nothing was drawn.
+        FactorMixError: nothing was drawn.
     """
-    if mask_token is None:
-        raise FactorMixError("the model predicts masked tokens, and its tokenizer has no mask token.")
     ids, scored = torch.as_tensor(packed.input_ids), torch.as_tensor(packed.scored).bool()  # (N, L), (N, L)
     drawn = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < share  # (N, L)
     where = scored & drawn

@@ -23,7 +23,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokeni
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING, MODEL_MAPPING
 
-from factormix.data.packing import Packed
+from factormix.data.packing import Packed, mask_token
 from factormix.mix.config import InjectConfig
 from factormix.mix.losses import mask_tokens
 from factormix.mix.task_adapters import check_tensors
@@ -184,7 +184,7 @@ def train_head(
     Raises:
         FactorMixError: no mask token, too few tokens for one step, NaN in the loss.
     """
-    mask = mask_token(encoder, tokenizer)
+    mask = mask_token(tokenizer, encoder)
     torch.manual_seed(config.seed)  # the head's start
     head = MaskedHead(encoder).requires_grad_(False)
     if work is not None and work.done("head"):
@@ -206,18 +206,6 @@ def train_head(
     if work is not None and PartialState().is_main_process:
         work.save("head", head.tensors(), done)
     return head, done
-
-
-def mask_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
-    """The id of the tokenizer's mask token.
-
-    Raises:
-        FactorMixError: there is none.
-    """
-    found = None if tokenizer is None else tokenizer.mask_token_id
-    if found is None:
-        raise FactorMixError(f"{type(model).__name__} learns by masked tokens; its tokenizer has no mask token.")
-    return int(cast(Any, found))
 
 
 def save_head(head: MaskedHead, folder: Path) -> None:

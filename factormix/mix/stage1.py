@@ -13,11 +13,12 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from factormix.data.packing import mask_token
 from factormix.mix.adapter_files import check_domain
 from factormix.mix.batches import Stage1Batches
 from factormix.mix.config import InjectConfig
 from factormix.mix.losses import InjectionLoss
-from factormix.mix.masked_head import MaskedHead, mask_token, needs_head
+from factormix.mix.masked_head import MaskedHead, needs_head
 from factormix.mix.peft_tuner import MixDAConfig, adapter_names, assert_trainable
 from factormix.mix.sizes import Sizes, adapter_sizes
 from factormix.nn import base_class, sites_of, vocabulary_head
@@ -95,7 +96,7 @@ def inject(
             f"{base_class(model).__name__} has no masked-LM head; train one first, with masked_head.train_head, and "
             "give it as `head`."
         )
-    mask = mask_token(model, tokenizer) if head is not None or learns_by(model) == "masked" else None
+    mask = mask_token(tokenizer, model) if head is not None or learns_by(model) == "masked" else None
     torch.manual_seed(config.seed)  # the adapters' start
     peft_config = MixDAConfig(form=config.form, reads=config.source, layers=list(sizes.layers), width=sizes.width)
     adapted = cast(PeftModel, get_peft_model(model, peft_config, adapter_name=domain))

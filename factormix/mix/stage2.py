@@ -19,11 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from factormix.data.fewshot import few_shot
 from factormix.data.labelled import Labelled
-from factormix.data.packing import fitting
+from factormix.data.packing import fitting, mask_token
 from factormix.data.text import Documents
 from factormix.mix.adapt_config import AdaptConfig
 from factormix.mix.examples import LabelledBatches, LanguageBatches, encode
-from factormix.mix.masked_head import mask_token
 from factormix.mix.mix_model import MixModel
 from factormix.mix.score import TaskLoss, score_examples, score_language
 from factormix.mix.stage1 import learns_by
@@ -114,7 +113,7 @@ def adapt(
     spec = TaskAdapterSpec.of_config(config, task.kind)
     torch.manual_seed(config.seed)  # the start of task adapter and head
     mix = MixModel(model, domains, spec, task.outputs, task.pooling, config.gate, config.gate_start)
-    mask = mask_token(model, tokenizer) if not task.outputs and learns_by(model) == "masked" else None
+    mask = mask_token(tokenizer, model) if not task.outputs and learns_by(model) == "masked" else None
     loss = TaskLoss(mix, task, mask)
     batches, score = _prepare(mix, task, train_set, dev, config, tokenizer, loss)
     loop = _loop(task, batches, config)

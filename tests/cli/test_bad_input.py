@@ -35,6 +35,8 @@ def copy(sparse: Path, tmp_path: Path) -> Path:
         (("--tokens", "1000000"), ["too little text", "4,0"]),
         (("--tokens", "16"), ["tokens 16", "32"]),
         (("--layers", "7"), ["[7]", "0 to 1"]),
+        (("--layers", "0,7"), ["[7]", "0 to 1"]),
+        (("--layers", "0;1"), ["--layers '0;1'", "0,1,2"]),
         (("--gate", "paper"), ["gate 'paper'", "S0A1E4"]),
         (("--preset", "papers"), ["'papers'", "Did you mean 'paper'?"]),
         (("--dtype", "float23"), ["'float23'", "Did you mean 'float32'?"]),
