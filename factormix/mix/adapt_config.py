@@ -17,8 +17,8 @@ LANGUAGE_KINDS = ("causal-lm", "text")  # tasks that the language-modelling head
 class AdaptConfig(Config):
     """Stage 2 of MixDA: gates, a task adapter and a head learn a task; backbone and domain adapters stay frozen.
 
-    The defaults are the paper's (section 4.1) where it has one, but for the learning rate: at the largest of its three,
-    5e-4, a hundred few-shot steps leave a head at chance (docs/results.md).
+    The defaults are the paper's (section 4.1) where it has one, but for the head's start (at random: `random`) and the
+    learning rate: at the largest of its three, 5e-4, a hundred few-shot steps leave a head at chance (docs/results.md).
     """
 
     task_adapter: str | None = option(
@@ -34,6 +34,9 @@ class AdaptConfig(Config):
         "on",
         help="domains start at full weight, or off: near the base, or each by its own gate, which `inject` fitted",
         choices=("on", "off", "own"),
+    )
+    head_start: str = option(
+        "probe", help="the head starts fitted to the states as they are, or at random", choices=("probe", "random")
     )
     task_kind: str = option("auto", help="what the labels are, if the file does not tell", choices=("auto", *KINDS))
     pooling: str = option(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,13 +49,23 @@ def _with_logits(model: nn.Module) -> Any:
 
 
 def example_logits(mix: MixModel, examples: Sequence[Example], task: Task, pad: int, batch_size: int) -> Tensor:
-    """Logits of every example, in order: (B, outputs), for multiple choice (B, most choices) with -inf; on the CPU.
-
-    Examples of like length run together; eval mode for as long as this takes.
-    """
-    order = sorted(range(len(examples)), key=lambda i: max(map(len, examples[i].rows)))
+    """Logits of every example, in order: (B, outputs), for multiple choice (B, most choices) with -inf; on the CPU."""
     width = max(len(e.rows) for e in examples) if task.kind == "multiple-choice" else task.outputs
     out = torch.full((len(examples), width), float("-inf"))
+    for chosen, ids, mask, sizes in in_batches(mix, examples, task, pad, batch_size):
+        logits = by_example(MixModel.forward(mix, ids, mask).cpu(), sizes)  # (b, ...)
+        out[torch.tensor(chosen), : logits.shape[1]] = logits
+    return out
+
+
+def in_batches(
+    mix: MixModel, examples: Sequence[Example], task: Task, pad: int, batch_size: int
+) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+    """Examples of like length together: their numbers, ids and mask (N, L) on the model's device, and sizes (b,).
+
+    Eval mode and no gradients until the last batch is through.
+    """
+    order = sorted(range(len(examples)), key=lambda i: max(map(len, examples[i].rows)))
     was_training = mix.training
     mix.eval()
     try:
@@ -64,11 +74,9 @@ def example_logits(mix: MixModel, examples: Sequence[Example], task: Task, pad: 
                 chosen = order[start : start + batch_size]
                 batch = collate([examples[i] for i in chosen], task, pad)
                 ids, mask = (batch[name].to(mix.device) for name in ("input_ids", "attention_mask"))
-                logits = by_example(MixModel.forward(mix, ids, mask).cpu(), batch["sizes"])  # (b, ...)
-                out[torch.tensor(chosen), : logits.shape[1]] = logits
+                yield chosen, ids, mask, batch["sizes"]
     finally:
         mix.train(was_training)
-    return out
 
 
 def score_examples(

@@ -24,6 +24,7 @@ from factormix.data.text import Documents
 from factormix.mix.adapt_config import AdaptConfig
 from factormix.mix.examples import LabelledBatches, LanguageBatches, encode
 from factormix.mix.mix_model import MixModel
+from factormix.mix.probe import probe_head
 from factormix.mix.score import TaskLoss, score_examples, score_language
 from factormix.mix.stage1 import learns_by
 from factormix.mix.task import Task
@@ -116,10 +117,13 @@ def adapt(
     mask = mask_token(tokenizer, model) if not task.outputs and learns_by(model) == "masked" else None
     loss = TaskLoss(mix, task, mask)
     batches, score = _prepare(mix, task, train_set, dev, config, tokenizer, loss)
+    if isinstance(batches, LabelledBatches) and config.head_start == "probe":
+        probe_head(mix, batches.examples, task, batches.pad, config.batch_size, config.seed)
     loop = _loop(task, batches, config)
     steps = loop.tokens // loop.batch_tokens
     every = batches.steps_per_epoch if task.kind != "text" else max(1, steps // TEXT_EVALUATIONS)
     best = _Best(mix, task, score, every, steps, work)
+    best.at_start()
     mix.set_trainable(True)
     mix.assert_trainable(True, "before training")
     rates = {name: config.gate_lr if ".gate." in name else config.lr for name in mix.trained}
@@ -130,7 +134,7 @@ def adapt(
         )
     mix.assert_trainable(True, "after training")
     mix.set_trainable(False)
-    dev_metrics = best.restore(result.metrics["steps"])
+    dev_metrics = best.restore()
     done = asdict(result)
     done["metrics"] = {
         "dev": dev_metrics, "best_step": best.step, "examples": {"train": len(train_set), "dev": len(dev)},
@@ -196,6 +200,11 @@ class _Best:
             self.tensors, found = work.load("best")
             self.step, self.metrics = found["step"], found["metrics"]
 
+    def at_start(self) -> None:
+        """Score before the first step; a run that goes on has its best already."""
+        if self.metrics is None:
+            self._consider(0)
+
     def after_step(self, step: int) -> None:
         """Score, at the end of an epoch and of the run."""
         if step % self.every and step != self.last:
@@ -211,10 +220,8 @@ class _Best:
             if self.work is not None and PartialState().is_main_process:
                 self.work.save("best", self.tensors, {"step": step, "metrics": metrics})
 
-    def restore(self, step: int) -> dict[str, Any]:
-        """Put the best checkpoint into the model and score it in the model's dtype; `step` is where the run ended."""
-        if self.metrics is None:  # --max-minutes ended it within the first epoch
-            self._consider(step)
+    def restore(self) -> dict[str, Any]:
+        """Put the best checkpoint into the model and score it in the model's dtype."""
         self.mix.fill_trained(self.tensors)
         return self.score()
 

@@ -160,7 +160,7 @@ def test_unseen_labels_in_dev_are_refused(tmp_path: Path, words: Any) -> None:
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = iter([3.0, 1.0, 2.0, 5.0, 1.5])  # of four epochs, and of the one that is kept
+    losses = iter([4.0, 3.0, 1.0, 2.0, 5.0, 1.5])  # of the start, of four epochs, and of the one that is kept
 
     def score(mix: Any, *_: Any) -> dict[str, Any]:
         seen.append(mix.trained_tensors())
@@ -170,10 +170,10 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path, words: Any, monkeypatch: py
     monkeypatch.setattr("factormix.mix.stage2.score_examples", score)
     mix, _, done = adapt(tiny_model("bert"), {}, examples(), examples(), QUICK.replace(epochs=4), words, quiet=True)
     assert (done["metrics"]["best_step"], done["metrics"]["dev"]["loss"]) == (12, 1.5)
-    assert all(torch.equal(tensor, seen[1][name]) for name, tensor in seen[4].items())
+    assert all(torch.equal(tensor, seen[2][name]) for name, tensor in seen[5].items())
     kept = mix.trained_tensors()
-    assert all(torch.equal(kept[name], seen[1][name]) for name in kept)
-    assert any(not torch.equal(kept[name], seen[3][name]) for name in kept)
+    assert all(torch.equal(kept[name], seen[2][name]) for name in kept)
+    assert any(not torch.equal(kept[name], seen[4][name]) for name in kept)
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:

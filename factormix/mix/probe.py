@@ -1,0 +1,75 @@
+"""Where the head starts: at a linear probe of the states that backbone and domains give before anything has trained.
+
+    W, b = argmin  loss(W z + b, y) + 5000 |W|^2 / N,    z = (state - mean) / spread
+
+A convex problem, so the start does not depend on a seed; what trains afterwards starts from what the states say instead
+of pulling them towards a random head (linear probing, then fine-tuning: Kumar et al. 2022, arXiv 2202.10054).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from factormix.mix.examples import Example, by_example, collate
+from factormix.mix.mix_model import MixModel
+from factormix.mix.score import in_batches
+from factormix.mix.task import Task
+
+EXAMPLES = 2048  # at most; more change a linear head little
+ITERATIONS = 200
+RIDGE = 5000.0
+
+
+def probe_head(
+    mix: MixModel, examples: Sequence[Example], task: Task, pad: int, batch_size: int, seed: int = 0
+) -> None:
+    """Fit the head, in place.
+
+    Args:
+        mix: with a head.
+        examples: encoded, with targets; `EXAMPLES` of them if there are more.
+        task: its loss is what the head is fitted by.
+        pad: token id.
+        batch_size: examples that run together.
+        seed: of which examples, where there are more.
+    """
+    assert mix.head is not None
+    chosen = list(examples)
+    if len(chosen) > EXAMPLES:
+        chosen = random.Random(seed).sample(chosen, EXAMPLES)
+    states = pooled_states(mix, chosen, task, pad, batch_size).double()  # (rows, H)
+    batch = collate([Example([[pad]] * len(e.rows), e.target) for e in chosen], task, pad)  # targets and sizes alone
+    targets = batch["targets"]
+    mean, spread = states.mean(0), states.std(0).mean().clamp(min=1e-12)  # (H,), scalar
+    z = (states - mean) / spread  # (rows, H)
+    weight = torch.zeros(mix.head.weight.shape, dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(len(weight), dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+    def objective() -> Tensor:
+        optimiser.zero_grad()
+        logits = by_example(z @ weight.T + bias, batch["sizes"])  # (B, outputs or choices)
+        loss = task.loss(logits, targets.double() if targets.is_floating_point() else targets)
+        loss = loss + RIDGE * weight.square().sum() / len(chosen)
+        loss.backward()
+        return loss
+
+    with torch.enable_grad():
+        optimiser.step(objective)  # type: ignore[arg-type]
+    with torch.no_grad():
+        mix.head.weight.copy_(weight / spread)
+        mix.head.bias.copy_(bias - weight @ mean / spread)
+
+
+def pooled_states(mix: MixModel, examples: Sequence[Example], task: Task, pad: int, batch_size: int) -> Tensor:
+    """What the head reads: one state a row of every example, in order, (rows, H), float32 on the CPU."""
+    found: list[Tensor] = [torch.empty(0)] * len(examples)
+    for chosen, ids, mask, sizes in in_batches(mix, examples, task, pad, batch_size):
+        parts = mix.pooled(ids, mask).float().cpu().split(sizes.tolist())
+        for i, part in zip(chosen, parts):
+            found[i] = part  # (rows of the example, H)
+    return torch.cat(found)
