@@ -1,9 +1,11 @@
 """Where the head starts: at a linear probe of the states that backbone and domains give before anything has trained.
 
-    W, b = argmin  loss(W z + b, y) + 5000 |W|^2 / N,    z = (state - mean) / spread
+    W, b = argmin  loss(W z + b, y) + 5000 |W|^2 / N,    z = (state - mean) / spread, dimension by dimension
 
 A convex problem, so the start does not depend on a seed; what trains afterwards starts from what the states say instead
-of pulling them towards a random head (linear probing, then fine-tuning: Kumar et al. 2022, arXiv 2202.10054).
+of pulling them towards a random head (linear probing, then fine-tuning: Kumar et al. 2022, arXiv 2202.10054). The ridge
+is strong: a head that fits its few examples leaves the adapter nothing to learn from (docs/results.md). Each dimension
+has its own spread because a decoder's states have a few of ten times the others'.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from factormix.mix.task import Task
 EXAMPLES = 2048  # at most; more change a linear head little
 ITERATIONS = 200
 RIDGE = 5000.0
+LEAST_SPREAD = 1e-3  # of the mean over dimensions
 
 
 def probe_head(
@@ -44,7 +47,8 @@ def probe_head(
     states = pooled_states(mix, chosen, task, pad, batch_size).double()  # (rows, H)
     batch = collate([Example([[pad]] * len(e.rows), e.target) for e in chosen], task, pad)  # targets and sizes alone
     targets = batch["targets"]
-    mean, spread = states.mean(0), states.std(0).mean().clamp(min=1e-12)  # (H,), scalar
+    mean, spread = states.mean(0), states.std(0)  # (H,), (H,)
+    spread = spread.clamp(min=float(LEAST_SPREAD * spread.mean()) or 1.0)  # a dimension may be dead
     z = (states - mean) / spread  # (rows, H)
     weight = torch.zeros(mix.head.weight.shape, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(len(weight), dtype=torch.float64, requires_grad=True)
@@ -62,7 +66,7 @@ def probe_head(
         optimiser.step(objective)  # type: ignore[arg-type]
     with torch.no_grad():
         mix.head.weight.copy_(weight / spread)
-        mix.head.bias.copy_(bias - weight @ mean / spread)
+        mix.head.bias.copy_(bias - weight / spread @ mean)
 
 
 def pooled_states(mix: MixModel, examples: Sequence[Example], task: Task, pad: int, batch_size: int) -> Tensor:

@@ -35,9 +35,9 @@ def model_and_task(family: str, folder: Path, train: Labelled) -> tuple[MixModel
 def gradient(model: MixModel, encoded: list[Any], task: Task, ridge: float) -> float:
     """Norm of the objective's gradient at the head as it is."""
     states = probe.pooled_states(model, encoded, task, 0, 8).double()  # (rows, H)
-    batch, mean, spread = collate(encoded, task, 0), states.mean(0), states.std(0).mean()
+    batch, mean, spread = collate(encoded, task, 0), states.mean(0), states.std(0)
     weight = (model.head.weight.detach().double() * spread).requires_grad_()
-    bias = (model.head.bias.detach().double() + weight.detach() @ mean / spread).requires_grad_()
+    bias = (model.head.bias.detach().double() + model.head.weight.detach().double() @ mean).requires_grad_()
     logits = by_example((states - mean) / spread @ weight.T + bias, batch["sizes"])
     targets = batch["targets"]
     loss = task.loss(logits, targets.double() if targets.is_floating_point() else targets)
