@@ -29,11 +29,14 @@ class HealConfig(Config):
     balance: float = option(0.0, help="weight of the load balance across tokens", minimum=0)
     lr: float | None = option(
         None,
-        help="peak learning rate of experts and shared neurons; left open 4e-4, and less where more than half runs",
+        help="peak learning rate of experts and shared neurons; left open 0.002 of each tensor's RMS, and less where "
+        "more than half runs",
         minimum=0,
     )
     router_lr: float | None = option(
-        None, help="peak learning rate of routers; left open 1e-3, and less where more than half runs", minimum=0
+        None,
+        help="peak learning rate of routers; left open 1e-4 of each one's RMS, and less where more than half runs",
+        minimum=0,
     )
     batch_tokens: int = option(512, help="tokens of one optimiser step, accumulated over windows", minimum=1)
     warmup: float = option(0.1, help="fraction of the steps in which the learning rate rises", minimum=0, maximum=1)

@@ -151,7 +151,7 @@ def fit_weights(ffn: SparseFFN, x: Tensor, target: Tensor, config: FactorConfig,
     weighing = (weighing + FLOOR * weighing.median()).clamp_min(1e-30)
     steps = max(1, round(config.fit_passes * len(x) / BATCH))
     groups = [
-        {"params": [p], "lr": config.fit_lr * _rms(p) * (ROUTER_RATE if name.startswith("router.") else 1)}
+        {"params": [p], "lr": config.fit_lr * rms(p) * (ROUTER_RATE if name.startswith("router.") else 1)}
         for name, p in ffn.named_parameters()
     ]
     optimiser = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
@@ -243,7 +243,8 @@ def _batches(tokens: int, size: int, steps: int, generator: torch.Generator, dev
         yield torch.randint(tokens, (min(size, tokens),), generator=generator).to(device)
 
 
-def _rms(x: Tensor) -> float:
+def rms(x: Tensor) -> float:
+    """Root mean square of all elements."""
     return float(x.detach().float().square().mean().sqrt())
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from factormix.data.packing import Packed
 from factormix.factor.config import HealConfig
-from factormix.factor.fit import label_tokens
+from factormix.factor.fit import label_tokens, rms
 from factormix.factor.lockstep import batches_of
 from factormix.factor.losses import hidden_distance, last_states, load_balance, router_loss
 from factormix.ffn import FFNSite, find_sites, isolate
@@ -33,7 +33,7 @@ from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 from factormix.train import LoopConfig, bf16_pays, distillation, train
 
-LR, ROUTER_LR = 4e-4, 1e-3  # peaks where half of the neurons run, or fewer
+LR, ROUTER_LR = 2e-3, 1e-4  # peaks, of a tensor's root mean square, where half of the neurons run, or fewer
 LEAST_SHARE = 0.1  # of those, however many run
 
 
@@ -62,7 +62,8 @@ def heal(
         quiet: no progress bar.
 
     Returns:
-        seconds, tokens, peak_bytes, params_trained, metrics (loss parts by step), lr and router_lr (peaks).
+        seconds, tokens, peak_bytes, params_trained, metrics (loss parts by step), lr and router_lr (least and largest
+        peak over the tensors; without routers lr alone).
 
     Raises:
         FactorMixError: no loss weight above 0, CE for a model that predicts no next token, a student that is not
@@ -81,31 +82,40 @@ def heal(
         raise FactorMixError(
             f"pa {config.pa} and balance {config.balance} train routers; this model has none. Leave them 0."
         )
-    lr, router_lr = peak_rates(student, config)
-    rates = {}
-    for name, module in student.named_modules():
-        if isinstance(module, SparseFFN):
-            for inner, _ in module.named_parameters():
-                rates[f"{name}.{inner}"] = router_lr if inner.startswith("router.") else lr
+    rates = peak_rates(student, config)
     loop = LoopConfig.of(config, seed=seed)
     loss = HealingLoss(student, teacher.eval(), config, label, pa_form)
     with tempfile.TemporaryDirectory() as scratch, loss.watching():
         folder = scratch if work is None else work.path / "healing"
         result = train(student, text, loss, rates, loop, folder, label="healing", quiet=quiet)
-    return {**asdict(result), "lr": lr, "router_lr": router_lr}
+    of_routers = [rate for name, rate in rates.items() if _of_a_router(name)]
+    of_others = [rate for name, rate in rates.items() if not _of_a_router(name)]
+    peaks = {"lr": of_others, "router_lr": of_routers}
+    return {**asdict(result), **{key: [min(r), max(r)] for key, r in peaks.items() if r}}
 
 
-def peak_rates(student: PreTrainedModel, config: HealConfig) -> tuple[float, float]:
-    """Peak learning rates: of experts and shared neurons, and of routers.
+def peak_rates(student: PreTrainedModel, config: HealConfig) -> dict[str, float]:
+    """Peak learning rate of every parameter that trains, by its name in the model: of experts, shared neurons, routers.
 
-    Left open, both fall with the share of neurons that do not run: the less there is to mend, the more a rate that
-    suits half of the neurons first destroys.
+    Left open, it is a fraction of the tensor's own root mean square, which differs by 12 between families: what moves
+    one model's weights by 0.2 % a step destroys another's. And it falls with the share of neurons that do not run: the
+    less there is to mend, the more a rate that suits half of the neurons first destroys.
     """
-    layouts = [ffn.spec.layout for ffn in student.sparse_ffns().values()]  # type: ignore[operator]
-    idle = 1 - sum(layout.active_fraction for layout in layouts) / len(layouts)
+    ffns = {name: module for name, module in student.named_modules() if isinstance(module, SparseFFN)}
+    idle = 1 - sum(ffn.spec.layout.active_fraction for ffn in ffns.values()) / len(ffns)
     share = min(1.0, max(LEAST_SHARE, 2 * idle))
-    lr = LR * share if config.lr is None else config.lr
-    return lr, ROUTER_LR * share if config.router_lr is None else config.router_lr
+    rates = {}
+    for name, ffn in ffns.items():
+        for inner, parameter in ffn.named_parameters():
+            given, fraction = (config.router_lr, ROUTER_LR) if _of_a_router(inner) else (config.lr, LR)
+            scale = rms(parameter) or 1.0  # of a bias that is still zero
+            rates[f"{name}.{inner}"] = share * fraction * scale if given is None else given
+    return rates
+
+
+def _of_a_router(name: str) -> bool:
+    """Whether this is a router's parameter, by its name in the FFN or in the model."""
+    return "router" in name.split(".")
 
 
 def share_frozen(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
