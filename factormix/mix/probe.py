@@ -45,7 +45,7 @@ def probe_head(
     if len(chosen) > EXAMPLES:
         chosen = random.Random(seed).sample(chosen, EXAMPLES)
     states = pooled_states(mix, chosen, task, pad, batch_size).double()  # (rows, H)
-    batch = collate([Example([[pad]] * len(e.rows), e.target) for e in chosen], task, pad)  # targets and sizes alone
+    batch = collate(chosen, task, pad)
     targets = batch["targets"]
     mean, spread = states.mean(0), states.std(0)  # (H,), (H,)
     spread = spread.clamp(min=float(LEAST_SPREAD * spread.mean()) or 1.0)  # a dimension may be dead
@@ -62,8 +62,7 @@ def probe_head(
         loss.backward()
         return loss
 
-    with torch.enable_grad():
-        optimiser.step(objective)  # type: ignore[arg-type]
+    optimiser.step(objective)  # type: ignore[arg-type]
     with torch.no_grad():
         mix.head.weight.copy_(weight / spread)
         mix.head.bias.copy_(bias - weight / spread @ mean)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel
 
-from factormix.data.packing import Packed
+from factormix.data.packing import Packed, mask_token
 from factormix.evaluate.asked import masked_tokens, next_tokens
 from factormix.evaluate.perplexity import evaluate_text, evaluate_text_for
 from factormix.evaluate.suite import evaluate
@@ -81,5 +81,7 @@ def test_what_cannot_be_asked_is_an_error(bert, llama, windows):
         evaluate_text(llama(), asked)
     with pytest.raises(FactorMixError, match="base .BertModel. does not predict masked tokens"):
         evaluate_text_for({"model": bert()}, asked, base=bert(kind=BertModel))
+    with pytest.raises(FactorMixError, match="BertForMaskedLM.*no mask token"):
+        mask_token(None, bert())
     with pytest.raises(FactorMixError, match="no token was masked of 11"):
         masked_tokens(windows(1), MASK, share=0.0)

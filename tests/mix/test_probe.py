@@ -16,14 +16,7 @@ from factormix.mix.score import example_logits
 from factormix.mix.stage2 import adapt, task_of
 from factormix.mix.task import Task
 from tests.families import tiny_model
-from tests.mix.toy import QUICK, domains, examples, mix, tokenizer
-
-LABELLED = ("single-label", "multi-label", "regression", "multiple-choice")
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tokenizer(tmp_path_factory.mktemp("words"))
+from tests.mix.toy import LABELLED, QUICK, domains, examples, mix
 
 
 def model_and_task(family: str, folder: Path, train: Labelled) -> tuple[MixModel, Task]:

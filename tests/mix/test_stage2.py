@@ -23,14 +23,7 @@ from factormix.mix.task import Task
 from factormix.run.workdir import WorkDirectory
 from factormix.train import loop
 from tests.families import tiny_model
-from tests.mix.toy import FAMILIES, QUICK, domains, examples, tokenizer
-
-LABELLED = ("single-label", "multi-label", "regression", "multiple-choice")
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return tokenizer(tmp_path_factory.mktemp("words"))
+from tests.mix.toy import FAMILIES, LABELLED, QUICK, domains, examples
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -19,6 +19,7 @@ from tests.families import VOCAB, tiny_model
 from tests.mix.adapted import saved
 
 FAMILIES = ("llama", "gpt2", "gemma3_text", "bert", "albert", "modernbert")
+LABELLED = ("single-label", "multi-label", "regression", "multiple-choice")
 QUICK = AdaptConfig(epochs=12, batch_size=8, lr=1e-2, window=16)
 
 

@@ -101,8 +101,8 @@ def test_while_training_the_value_is_the_same_and_the_router_learns(gate: str, w
         want = ffn(x)
     ffn.train()
     out = ffn(x)
-    bound = 1e-5 * max(1.0, float(want.norm(dim=1).max()))  # the two add up in another order
-    assert float((out - want).detach().norm(dim=1).max()) <= bound
+    bound = 1e-5 * want.norm(dim=1).clamp(min=1.0)  # (T,): the two add up in another order
+    assert bool(((out - want).norm(dim=1) <= bound).all())
     (out * torch.randn(9, 12) if weighted else out.square()).sum().backward()
     assert float(ffn.router.weight.grad.norm()) > 1e-4
     assert all(float(p.grad.norm()) > 0 for p in ffn.parameters())
