@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from factormix.cli import options
-from factormix.cli.models import locate, open_adapted, open_tokenizer
+from factormix.cli.models import locate, open_adapted, open_tokenizer, say_slow
 from factormix.evaluate.answers import answer
 
 SCHEMA_VERSION = 1
@@ -33,6 +33,7 @@ def generate(
     source = locate(model, quiet)
     tokenizer = open_tokenizer(source)
     opened = open_adapted(source, adapter or (), gate, mix, dtype, device, device_map, quantize)
+    say_slow(opened, quiet)
     said = answer(opened, tokenizer, prompt, max_new_tokens, chat)
     options.put_json(json, {"schema_version": SCHEMA_VERSION, "prompt": prompt, "answer": said})
     typer.echo(said)

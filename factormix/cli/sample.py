@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
 from transformers import PreTrainedModel
 
 from factormix.cli import options
-from factormix.cli.models import check_compute, identity, locate, open_model, open_tokenizer, read_config
+from factormix.cli.models import check_compute, identity, locate, open_model, open_tokenizer, read_config, say_slow
 from factormix.data.own_words import own_words
 from factormix.run.directory import atomic_path, check_output_file
 from factormix.run.errors import FactorMixError
+from factormix.run.progress import bar
 from factormix.run.workdir import WorkDirectory
 
 FUTILE = 2  # after this batch, counted from 0, without a word there is no hope
@@ -53,24 +53,36 @@ def sample(
     work = WorkDirectory(f"{out}.work", {**known, "max_new_tokens": max_new_tokens, "dtype": dtype}, overwrite)
     rows: list[dict[str, Any]] = []
     opened: PreTrainedModel | None = None
+    steps, shown = 0, bar("tokens written", tokens, quiet)
+
+    def step() -> None:
+        """Every pass of the model gives each text of the batch a token: a batch may take minutes."""
+        nonlocal steps
+        steps += 1
+        shown.set_postfix_str(f"this batch: {steps} tokens a text", refresh=False)
+        shown.update(0)
 
     def batch_of(number: int) -> list[dict[str, Any]]:
-        nonlocal opened
+        nonlocal opened, steps
         stage = f"batch-{number:05d}"
         if not work.done(stage):
-            opened = opened or open_model(source, dtype, device, device_map)
+            if opened is None:
+                opened = open_model(source, dtype, device, device_map)
+                say_slow(opened, quiet)
+                opened.register_forward_hook(lambda *_: step())
+            steps = 0
             own_seed = seed * 1_000_003 + number
             made = own_words(opened, tokenizer, batch, kind=what, max_new_tokens=max_new_tokens, seed=own_seed)
             work.save(stage, {}, {"rows": made})
         return list(work.load(stage)[1]["rows"])
 
-    written, bar = 0, tqdm(total=tokens, desc="tokens written", disable=quiet, leave=False)
-    with work.removed_if_without("batch-*.json"), bar:
+    written = 0
+    with work.removed_if_without("batch-*.json"), shown:
         for number in count():
             rows += (made := batch_of(number))
             length = sum(len(tokenizer(_words(row))["input_ids"]) for row in made)
             written += length
-            bar.update(length)
+            shown.update(length)
             if written >= tokens:
                 break
             if not rows and number == FUTILE:

@@ -62,7 +62,7 @@ def heal(
         quiet: no progress bar.
 
     Returns:
-        seconds, tokens, peak_bytes, params_trained, metrics (loss parts by step), lr and router_lr (least and largest
+        seconds, tokens, peak_bytes, params_trained, metrics: loss parts by step, lr and router_lr (least and largest
         peak over the tensors; without routers lr alone).
 
     Raises:
@@ -91,7 +91,8 @@ def heal(
     of_routers = [rate for name, rate in rates.items() if _of_a_router(name)]
     of_others = [rate for name, rate in rates.items() if not _of_a_router(name)]
     peaks = {"lr": of_others, "router_lr": of_routers}
-    return {**asdict(result), **{key: [min(r), max(r)] for key, r in peaks.items() if r}}
+    result.metrics |= {key: [min(r), max(r)] for key, r in peaks.items() if r}
+    return asdict(result)
 
 
 def peak_rates(student: PreTrainedModel, config: HealConfig) -> dict[str, float]:

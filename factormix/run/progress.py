@@ -22,10 +22,21 @@ def progress(iterable: Iterable[T], label: str, total: int | None = None, quiet:
         total: the number of items when `iterable` has no length.
         quiet: show nothing.
     """
-    interval = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     return iter(
-        tqdm(iterable, desc=label, total=total, disable=quiet, file=sys.stderr, mininterval=interval, leave=False)
+        tqdm(iterable, desc=label, total=total, disable=quiet, file=sys.stderr, mininterval=_interval(), leave=False)
     )
+
+
+def bar(label: str, total: int, quiet: bool = False) -> tqdm:  # type: ignore[type-arg, unused-ignore]
+    """A bar on stderr to be moved by hand; `update(0)` shows a new postfix, no oftener than a bar is drawn."""
+    return tqdm(
+        total=total, desc=label, disable=quiet, file=sys.stderr, mininterval=_interval(), miniters=0, leave=False
+    )
+
+
+def _interval() -> float:
+    """Seconds between two drawings of a bar."""
+    return 0.1 if sys.stderr.isatty() else LOG_SECONDS
 
 
 def say(message: str, quiet: bool = False) -> None:

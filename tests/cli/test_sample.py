@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from factormix.cli import app
@@ -47,6 +48,20 @@ def test_a_killed_run_goes_on(run: Callable[..., str], llama: Path, monkeypatch:
     run(*words)
     assert Path("own.jsonl").read_bytes() == Path("resumed.jsonl").read_bytes()
     assert len(calls) - again == again - 1  # the resumed run did not make the first batch anew
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_it_says_where_bfloat16_is_slow_and_how_far_a_batch_is(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, has: bool, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("factormix.run.progress.LOG_SECONDS", 0)
+    monkeypatch.setattr(torch.cpu, "_is_avx2_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: has)
+    words = ["sample", llama, "-o", tmp_path / "own.jsonl", *SMALL, "--dtype", "bfloat16"]
+    said = CliRunner().invoke(app, [str(word) for word in words]).stderr
+    assert ("no AVX-512" in said) is not has
+    assert "this batch: 1 tokens a text" in said and "this batch: 12 tokens a text" in said
+    assert "this batch: 13" not in said  # the next batch begins anew
 
 
 def test_refuses(refused: Callable[..., str], llama: Path, text: Path) -> None:

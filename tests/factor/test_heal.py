@@ -78,17 +78,20 @@ def test_healing_lowers_the_loss_and_trains_sparse_ffns_only() -> None:
     sparse, dense = pair()
     before = {name: p.clone() for name, p in sparse.named_parameters()}
     teacher = {name: p.clone() for name, p in dense.named_parameters()}
+    judge = HealingLoss(sparse, dense, HealConfig(), "joint", "pa")  # the steps' own losses are of different windows
+    with torch.no_grad():
+        kl = float(judge(sparse, batch(8))["kl"])
     done = heal(sparse, dense, windows(64), STEPS.replace(tokens=2048, lr=5e-3, save_steps=100), quiet=True)
     for name, parameter in sparse.named_parameters():
         changed = not torch.equal(parameter, before[name])
         assert changed == (".mlp." in name), name
         assert parameter.requires_grad
     assert all(torch.equal(p, teacher[name]) for name, p in dense.named_parameters())
-    history = done["metrics"]["history"]
-    assert history[-1]["kl"] < history[0]["kl"]
-    assert done["tokens"] == 2048 and done["lr"] == [5e-3, 5e-3]
+    with torch.no_grad():
+        assert float(judge(sparse, batch(8))["kl"]) < 0.95 * kl
+    assert done["tokens"] == 2048 and done["metrics"]["lr"] == [5e-3, 5e-3]
     routers = [rms(p) for name, p in before.items() if ".router." in name]
-    assert done["router_lr"] == pytest.approx([ROUTER_LR * min(routers), ROUTER_LR * max(routers)])
+    assert done["metrics"]["router_lr"] == pytest.approx([ROUTER_LR * min(routers), ROUTER_LR * max(routers)])
     assert done["params_trained"] == sum(p.numel() for n, p in sparse.named_parameters() if ".mlp." in n)
 
 
