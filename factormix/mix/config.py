@@ -67,7 +67,9 @@ class InjectConfig(Config):
     )
     window: int = option(512, help="tokens of a window", minimum=8)
     batch_tokens: int = option(512, help="tokens of knowledge in one optimiser step", minimum=1)
-    lr: float = option(5e-3, help="peak learning rate; Gemma wants 1e-3", minimum=0)
+    lr: float | None = option(
+        None, help="peak learning rate; left open it follows the FFNs' weights and the adapters' width", minimum=0
+    )
     warmup: float = option(0.1, help="fraction of the steps in which the learning rate rises", minimum=0, maximum=1)
     clip: float = option(1.0, help="gradient norm above which gradients are scaled down", minimum=0)
     weight_decay: float = option(0.05, help="AdamW's weight decay", minimum=0)

@@ -19,12 +19,15 @@ from factormix.mix.batches import Stage1Batches
 from factormix.mix.config import InjectConfig
 from factormix.mix.losses import InjectionLoss
 from factormix.mix.masked_head import MaskedHead, needs_head
-from factormix.mix.peft_tuner import MixDAConfig, adapter_names, assert_trainable
+from factormix.mix.peft_tuner import MixDAConfig, MixDALayer, adapter_names, assert_trainable
 from factormix.mix.sizes import Sizes, adapter_sizes
-from factormix.nn import base_class, sites_of, vocabulary_head
+from factormix.nn import DomainAdapter, base_class, sites_of, vocabulary_head
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 from factormix.train import LoopConfig, train
+
+LR_IN = 0.025  # of in_proj's root mean square
+LR_OUT = 0.17  # see peak_rates; both are what 5e-3 for all tensors is on SmolLM2
 
 
 def plan(model: PreTrainedModel, config: InjectConfig) -> Sizes:
@@ -56,6 +59,28 @@ def learns_by(model: PreTrainedModel) -> str:
         f"{base_class(model).__name__} has neither a causal nor a masked language-modelling head, so no text can teach "
         "an adapter. Load the model as an AutoModelForCausalLM or AutoModelForMaskedLM."
     )
+
+
+def peak_rates(adapted: PeftModel, domain: str) -> dict[str, float]:
+    """Peak learning rate of each of an adapter's tensors, by its name in the model, where none is given.
+
+    AdamW moves every weight by about its rate at first, and all neurons of an adapter the same way for the same text,
+    while an FFN's own add up as random signs do. So its output moves by as much, beside what the FFN's own make, where
+    the rate of W_out is this share of `row_norm` over the neurons that a token crosses, in all layers together. The
+    rows of W_in move by a share of their size at the start.
+    """
+    layers = {
+        name: m for name, m in adapted.named_modules() if isinstance(m, MixDALayer) and domain in m.mixda_adapters
+    }
+    crossed = sum(m.use_count * cast(DomainAdapter, m.mixda_adapters[domain]).spec.width for m in layers.values())
+    rates = {}
+    for name, layer in layers.items():
+        adapter = cast(DomainAdapter, layer.mixda_adapters[domain])
+        of_in = LR_IN * float(adapter.in_proj.detach().float().square().mean().sqrt())
+        of_out = LR_OUT * layer.row_norm() / crossed
+        for inner, _ in adapter.named_parameters():
+            rates[f"{name}.mixda_adapters.{domain}.{inner}"] = of_in if inner.startswith("in_") else of_out
+    return rates
 
 
 def inject(
@@ -109,11 +134,12 @@ def inject(
     loss = InjectionLoss(model, domain, config, mask, None if head is None else head.logits)
     with tempfile.TemporaryDirectory() as scratch:
         folder = scratch if work is None else work.path / "stage1"
-        rates = dict.fromkeys(trained, config.lr)
+        rates = dict.fromkeys(trained, config.lr) if config.lr is not None else peak_rates(adapted, domain)
         result = train(adapted, batches, loss, rates, loop, folder, label=f"injecting {domain}", quiet=quiet)
     assert_trainable(adapted, trained, "after training")
     adapted.set_requires_grad(domain, False)
     assert_trainable(adapted, set(), "after stage 1")
     done = asdict(result)
-    done["metrics"] = {"adapter": sizes.to_dict(), **result.metrics}
+    peaks = [min(rates.values()), max(rates.values())]
+    done["metrics"] = {"adapter": sizes.to_dict(), "lr": peaks, **result.metrics}
     return adapted, done

@@ -32,6 +32,7 @@ class DomainFFN(nn.Module):
         fixed_weights: weight of each domain that no gate weighs.
         active_domains: which adapters run, in order.
         use_count: how many times a token crosses the FFN in a forward pass (ALBERT's: several).
+        hidden: H.
     """
 
     def __init__(self, base: nn.Module, site: FFNSite) -> None:
@@ -41,7 +42,7 @@ class DomainFFN(nn.Module):
         self.gate: DomainGate | None = None
         self.fixed_weights: dict[str, float] = {}
         self._active: list[str] = []
-        self.use_count = site.use_count
+        self.use_count, self.hidden = site.use_count, site.hidden
         self._up, self._down = ("", "") if isinstance(base, SparseFFN) else _paths(site)
 
     @property
@@ -73,6 +74,17 @@ class DomainFFN(nn.Module):
         if spec.reads == "input" and up.device.type != "meta" and adapter.in_proj.device.type != "meta":
             adapter.reset(float(up.float().square().mean().sqrt()))
         return adapter
+
+    @torch.no_grad()
+    def row_norm(self) -> float:
+        """|W_down|_F / sqrt(H), of all neurons: how much a random sum of the FFN's neurons, each 1 or -1, moves one
+        number of its output."""
+        ffn = self.base_layer
+        if not isinstance(ffn, SparseFFN):
+            downs = [cast(Tensor, ffn.get_submodule(self._down).weight)]
+        else:
+            downs = [cast(Tensor, part.packed().down) for part in (ffn.shared, ffn.experts) if part is not None]
+        return (sum(float(down.float().square().sum()) for down in downs) / self.hidden) ** 0.5
 
     def _up_weight(self) -> Tensor:
         ffn = self.base_layer

@@ -78,7 +78,8 @@ def test_stage_1_trains_the_adapter_alone_and_stage_2_takes_it(sparse: bool, tmp
     want = tiny_output(encoder)
     adapted, done = inject(encoder, "pubmed", batches(), config, Tokenizer(), head=head, quiet=True)  # type: ignore[arg-type]
     history = done["metrics"]["history"]
-    assert history[-1]["knowledge"] < history[0]["knowledge"] and history[-1]["old"] > history[0]["old"] == 0
+    assert history[-1]["knowledge"] < history[0]["knowledge"]
+    assert history[0]["old"] < 1e-6 < history[-1]["old"]  # a sparse FFN under gradients rounds otherwise
     assert all(torch.equal(p, kept[n]) for n, p in head.named_parameters())
     with adapted.disable_adapter():
         assert torch.equal(tiny_output(encoder), want)
