@@ -26,8 +26,8 @@ from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 from factormix.train import LoopConfig, train
 
-LR_IN = 0.025  # of in_proj's root mean square
-LR_OUT = 0.17  # see peak_rates; both are what 5e-3 for all tensors is on SmolLM2
+LR_IN = 0.05  # of in_proj's root mean square; 1e-2 on SmolLM2
+LR_OUT = 0.17  # see peak_rates; 5e-3 on SmolLM2
 
 
 def plan(model: PreTrainedModel, config: InjectConfig) -> Sizes:
