@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -346,3 +348,9 @@ def test_a_build_that_fails_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.warns(UserWarning, match="was not built"):
         assert native.library.__wrapped__() is None
     assert not list((tmp_path / "native").glob("*.so"))
+
+
+@pytest.mark.parametrize(("level", "most"), [(0, native.FEW), (1, native.FEW), (2, sys.maxsize), (3, sys.maxsize)])
+def test_without_avx512_it_serves_few_tokens(level: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "library", lambda: SimpleNamespace(factormix_level=lambda _: level))
+    assert native.most_tokens.__wrapped__() == most
