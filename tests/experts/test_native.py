@@ -352,5 +352,6 @@ def test_a_build_that_fails_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.mark.parametrize(("level", "most"), [(0, native.FEW), (1, native.FEW), (2, sys.maxsize), (3, sys.maxsize)])
 def test_without_avx512_it_serves_few_tokens(level: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # what conftest.py did
     monkeypatch.setattr(native, "library", lambda: SimpleNamespace(factormix_level=lambda _: level))
     assert native.most_tokens.__wrapped__() == most
