@@ -25,6 +25,7 @@ from factormix.factor.labels import Labels, label, top_k_hot
 from factormix.factor.losses import router_loss
 from factormix.factor.routers import fit_mlp_router
 from factormix.nn import MLPRouter, NeuronRouter, SparseFFN
+from factormix.nn.rms import rms
 from factormix.run.errors import FactorMixError
 from factormix.train import bf16_pays
 
@@ -241,11 +242,6 @@ def _batches(tokens: int, size: int, steps: int, generator: torch.Generator, dev
     """Random rows, `size` a step."""
     for _ in range(steps):
         yield torch.randint(tokens, (min(size, tokens),), generator=generator).to(device)
-
-
-def rms(x: Tensor) -> float:
-    """Root mean square of all elements."""
-    return float(x.detach().float().square().mean().sqrt())
 
 
 def squares(x: Tensor) -> Tensor:

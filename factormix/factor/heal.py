@@ -24,11 +24,12 @@ from transformers import PreTrainedModel
 
 from factormix.data.packing import Packed
 from factormix.factor.config import HealConfig
-from factormix.factor.fit import label_tokens, rms
+from factormix.factor.fit import label_tokens
 from factormix.factor.lockstep import batches_of
 from factormix.factor.losses import hidden_distance, last_states, load_balance, router_loss
 from factormix.ffn import FFNSite, find_sites, isolate
 from factormix.nn import FactorMixMixin, SparseFFN, sites_of, vocabulary_head
+from factormix.nn.rms import rms
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 from factormix.train import LoopConfig, bf16_pays, distillation, train

@@ -22,6 +22,7 @@ from factormix.mix.masked_head import MaskedHead, needs_head
 from factormix.mix.peft_tuner import MixDAConfig, MixDALayer, adapter_names, assert_trainable
 from factormix.mix.sizes import Sizes, adapter_sizes
 from factormix.nn import DomainAdapter, base_class, sites_of, vocabulary_head
+from factormix.nn.rms import rms
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 from factormix.train import LoopConfig, train
@@ -76,7 +77,7 @@ def peak_rates(adapted: PeftModel, domain: str) -> dict[str, float]:
     rates = {}
     for name, layer in layers.items():
         adapter = cast(DomainAdapter, layer.mixda_adapters[domain])
-        of_in = LR_IN * float(adapter.in_proj.detach().float().square().mean().sqrt())
+        of_in = LR_IN * rms(adapter.in_proj)
         of_out = LR_OUT * layer.row_norm() / crossed
         for inner, _ in adapter.named_parameters():
             rates[f"{name}.mixda_adapters.{domain}.{inner}"] = of_in if inner.startswith("in_") else of_out

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from factormix.ffn import FFNSite
 from factormix.nn.domain_adapter import DomainAdapter, DomainAdapterSpec
 from factormix.nn.domain_gate import DomainGate
+from factormix.nn.rms import rms
 from factormix.nn.sparse_ffn import SparseFFN
 from factormix.run.errors import FactorMixError, choose
 
@@ -72,7 +73,7 @@ class DomainFFN(nn.Module):
         adapter = DomainAdapter(spec)
         up = self._up_weight()
         if spec.reads == "input" and up.device.type != "meta" and adapter.in_proj.device.type != "meta":
-            adapter.reset(float(up.float().square().mean().sqrt()))
+            adapter.reset(rms(up))
         return adapter
 
     @torch.no_grad()

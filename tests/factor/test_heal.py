@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from factormix import FactorMixError
 from factormix.factor.config import FactorConfig, HealConfig
 from factormix.factor.factorize import factorize, work_directory
-from factormix.factor.fit import rms
 from factormix.factor.heal import LR, ROUTER_LR, HealingLoss, heal, peak_rates
 from factormix.factor.losses import hidden_distance
+from factormix.nn.rms import rms
 from factormix.run.workdir import WorkDirectory
 from factormix.train import distillation
 from factormix.train.loop import last_checkpoint
