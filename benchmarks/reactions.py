@@ -7,8 +7,8 @@
         --dev reactions/kinds-dev.jsonl --test reactions/kinds-test.jsonl -o mixed
 
 No registry offers a text of reactions, so these are made up: valid SMILES of textbook reactions, each with a solvent
-and often a base, as patents list them. Training, development and test files share solvents and bases, no other block. The amides and the
-biaryl couplings are for domains; the other three kinds together are general text.
+and often a base, as patents list them. Training, development and test files share solvents and bases, no other block.
+The amides and the biaryl couplings are for domains; the other three kinds together are general text.
 """
 
 from __future__ import annotations
