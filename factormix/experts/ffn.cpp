@@ -6,8 +6,8 @@
 // read: each row is read once, where it lies. More tokens stand side by side in vectors, and tiles of rows are
 // multiplied with them in registers: a row is read once for up to 64 tokens, and the neurons come out laid out as the
 // down projection wants them. Sums are float32 for every weight dtype. Two steps, neurons then outputs, in one parallel
-// region. Weights may be int8 with a float32 scale a row (int8.h). Plain C++ without torch's headers: for any version of torch. No ISA flags: kernels.h is compiled for several
-// instruction sets, and the processor picks at run time.
+// region. Weights may be int8 with a float32 scale a row (int8.h). Plain C++ without torch's headers: for any version
+// of torch. No ISA flags: kernels.h is compiled for several instruction sets, and the processor picks at run time.
 
 #include <algorithm>
 #include <atomic>
@@ -42,9 +42,6 @@ constexpr int kChunk = 1024;  // tokens that are grouped at a time: bounds the s
 constexpr int64_t kSerial = 1 << 16;       // weights too few for a second thread to pay
 constexpr int64_t kPanelBytes = 1 << 19;   // of the tokens in a panel: they stay in the second-level cache
 typedef float Lanes __attribute__((vector_size(4 * kLanes)));
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 struct Bf16 {
   uint16_t bits;
@@ -114,7 +111,7 @@ namespace baseline {
 #define ROWS 6
 #define GROUPS 1
 #define PAIRS 0
-#define BITS 0
+#define BITS 128
 #include "kernels.h"
 #undef ROWS
 #undef GROUPS

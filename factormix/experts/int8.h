@@ -1,19 +1,6 @@
 // int8 weights: widened where they are multiplied, scaled once a row. A part of kernels.h.
 // A number of 8 bits is exact in float32 and in bfloat16, so what is summed is the weights as they were rounded.
 
-INLINE void load(const int8_t* p, Lanes& v) {
-#if BITS == 512
-  v = (Lanes)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif BITS == 256
-  __m256 half[2];
-  UNROLL for (int q = 0; q < 2; ++q)
-    half[q] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * q))));
-  std::memcpy(&v, half, sizeof v);
-#else
-  UNROLL for (int l = 0; l < kLanes; ++l) v[l] = p[l];
-#endif
-}
-
 // A row as the tiles take it; what they multiply is C.
 template <typename C>
 struct Int8Row {
@@ -24,25 +11,24 @@ INLINE Int8Row<C> as(const int8_t* w, C*, int64_t) { return {w}; }
 
 // As the `tile` of float32 in tiles.h; 16 numbers of each row at a time are widened, which the nearest cache holds.
 template <int R, int G>
-INLINE void tile(const Int8Row<float>* w, const float* x, int64_t n, int64_t next, Lanes* out) {
-  Lanes sum[R][G] = {};
+INLINE void tile(const Int8Row<float>* w, const float* x, int64_t n, int64_t next, float* out) {
+  Part sum[R][G * kParts] = {}, v[G * kParts];
   alignas(64) float wide[R][kLanes];
   for (int64_t from = 0; from < n; from += kLanes) {
     const int64_t m = std::min<int64_t>(kLanes, n - from);
     if (from % 64 == 0)
       UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(w[r].at + from + next, 0, 2);
     UNROLL for (int r = 0; r < R; ++r) {
-      Lanes v;
-      if (m == kLanes) load(w[r].at + from, v), store(wide[r], v);
+      if (m == kLanes) widen(w[r].at + from, wide[r]);
       else for (int64_t i = 0; i < m; ++i) wide[r][i] = value(w[r].at + from + i);
     }
     for (int64_t i = 0; i < m; ++i) {
-      Lanes v[G];
-      UNROLL for (int g = 0; g < G; ++g) load(x + (g * n + from + i) * kLanes, v[g]);
-      UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) sum[r][g] += v[g] * wide[r][i];
+      beside<G>(x, n, from + i, v);
+      UNROLL for (int r = 0; r < R; ++r) UNROLL for (int q = 0; q < G * kParts; ++q) sum[r][q] += v[q] * wide[r][i];
     }
   }
-  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) out[r * G + g] = sum[r][g];
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int q = 0; q < G * kParts; ++q)
+    store(out + (r * G * kParts + q) * kPart, sum[r][q]);
 }
 
 #if PAIRS
@@ -78,7 +64,7 @@ INLINE void multiply(const int8_t* w, const Bf16* const* x, int64_t n, Lanes* su
 
 // As the `tile` of pairs in tiles.h.
 template <int R, int G>
-INLINE void tile(const Int8Row<Bf16>* w, const float* x, int64_t n, int64_t next, Lanes* out) {
+INLINE void tile(const Int8Row<Bf16>* w, const float* x, int64_t n, int64_t next, float* out) {
   __m512 sum[R][G];
   UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) sum[r][g] = _mm512_setzero_ps();
   alignas(64) int wide[R][kLanes];  // pairs
@@ -98,6 +84,7 @@ INLINE void tile(const Int8Row<Bf16>* w, const float* x, int64_t n, int64_t next
       }
     }
   }
-  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) out[r * G + g] = (Lanes)sum[r][g];
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g)
+    store(out + (r * G + g) * kLanes, (Part)sum[r][g]);
 }
 #endif

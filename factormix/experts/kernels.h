@@ -1,7 +1,7 @@
 // The loops of ffn.cpp. Included once for each instruction set, inside a namespace of its own, with
 //   ROWS    rows of weights that a tile holds in registers, a multiple of 6
 //   GROUPS  groups of 16 tokens that a tile holds, 1 or 2
-//   BITS    of the processor's vectors where int8.h knows its instructions: 256 or 512; else 0
+//   BITS    of the processor's vectors: 128, 256 or 512
 //   PAIRS   1 where the processor multiplies pairs of bfloat16 (AVX512-BF16)
 
 #include "lanes.h"
@@ -15,7 +15,7 @@ NOINLINE void round_outputs(const Ffn& f, int64_t begin, int64_t end) {
     const float* y = f.y + t * f.hidden;
     Bf16* to = f.rounded + t * f.hidden;
     int64_t i = begin;
-    for (Lanes v; i + kLanes <= end; i += kLanes) {
+    for (Part v; i + kPart <= end; i += kPart) {
       load(y + i, v);
       const Halves h = __builtin_convertvector(rounded(v), Halves);
       std::memcpy(to + i, &h, sizeof h);

@@ -29,8 +29,8 @@ from factormix.run.errors import FactorMixError
 
 SOURCES = (Path(__file__).with_name("ffn.cpp"), *sorted(Path(__file__).parent.glob("*.h")))
 FLAGS = ("-O2", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi", *(["-fopenmp"] if sys.platform == "linux" else []))
-FEW = 4  # tokens that it serves without AVX-512, where PyTorch's products of larger matrices are faster than ours
-AVX512 = 2  # of `kLevels` in ffn.cpp
+AVX2 = 1  # of `kLevels` in ffn.cpp
+FEW = 16  # tokens that it serves below AVX2, where PyTorch's products of larger matrices are faster than ours
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_pytorch_tanh": 2, "gelu_new": 2, "relu": 3}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 GIVEN, CONSTANT, SIGMOID = 0, 1, 2  # `enum Gate`: where the weights of the chosen experts come from
@@ -215,7 +215,7 @@ def most_tokens() -> int:
     built = library()
     if built is None:
         return 0
-    return sys.maxsize if built.factormix_level(-1) >= AVX512 else FEW
+    return sys.maxsize if built.factormix_level(-1) >= AVX2 else FEW
 
 
 @functools.cache

@@ -8,24 +8,27 @@ INLINE void ahead(const void* w, int64_t line) { __builtin_prefetch(static_cast<
 // The sum over lanes of sum[t] is w . x[t], for N tokens at a time.
 template <int N, typename W>
 INLINE void multiply(const W* w, const float* const* x, int64_t n, Lanes* sum) {
-  Lanes even[N] = {}, odd[N] = {};  // two chains each, to hide the latency of an addition
+  if constexpr (kParts > 1 && N > 6) {  // more than 16 registers hold
+    multiply<4>(w, x, n, sum);
+    return multiply<N - 4>(w, x + 4, n, sum + 4);
+  }
+  constexpr int kChains = kParts > 2 ? 4 : 2, kStep = kChains * kPart;  // to hide the latency of an addition
+  Part chain[N][kChains] = {};
   int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    Lanes a, b, c, d;
-    for (size_t line = 0; line < sizeof(W) * 2 * kLanes; line += 64) ahead(w + i, line);
-    load(w + i, a);
-    load(w + i + kLanes, b);
-    UNROLL for (int t = 0; t < N; ++t) {
-      load(x[t] + i, c);
-      load(x[t] + i + kLanes, d);
-      even[t] += a * c;
-      odd[t] += b * d;
+  for (; i + kStep <= n; i += kStep) {
+    Part a[kChains], c;
+    for (size_t line = 0; line < sizeof(W) * kStep; line += 64) ahead(w + i, line);
+    UNROLL for (int s = 0; s < kChains; ++s) load(w + i + s * kPart, a[s]);
+    UNROLL for (int t = 0; t < N; ++t) UNROLL for (int s = 0; s < kChains; ++s) {
+      load(x[t] + i + s * kPart, c);
+      chain[t][s] += a[s] * c;
     }
   }
   UNROLL for (int t = 0; t < N; ++t) {
-    even[t] += odd[t];
-    for (int64_t j = i; j < n; ++j) even[t][0] += value(w + j) * x[t][j];
-    sum[t] = even[t];
+    UNROLL for (int s = 1; s < kChains; ++s) chain[t][0] += chain[t][s];
+    for (int64_t j = i; j < n; ++j) chain[t][0][0] += value(w + j) * x[t][j];
+    sum[t] = Lanes{};
+    store(reinterpret_cast<float*>(sum + t), chain[t][0]);
   }
 }
 
@@ -103,16 +106,18 @@ NOINLINE void lean_neurons(const Ffn& f, const Block& b, int64_t begin, int64_t 
     for (int t = 0; t < b.tokens; ++t) {
       for (int64_t r = n; r < kLanes; ++r) gate[t][r] = up[t][r] = Lanes{};
       float g[kLanes], u[kLanes];
-      store(g, totals(gate[t]));
-      if (f.gated) store(u, totals(up[t]));
+      totals(gate[t], g);
+      if (f.gated) totals(up[t], u);
       for (int64_t r = 0; r < kLanes; ++r) {
         const int64_t at = std::min(j + r, end - 1);
         g[r] = g[r] * b.up_scale(at) + b.bias(at, f.bf16);
         u[r] = f.gated ? u[r] * b.up_scale(b.width + at) + b.bias(b.width + at, f.bf16) : 1.0f;
       }
-      Lanes pre, factor;
-      load(g, pre), load(u, factor);
-      store(g, b.weight[t] * activate(f.kind, pre) * factor);
+      UNROLL for (int p = 0; p < kParts; ++p) {
+        Part pre, factor;
+        load(g + p * kPart, pre), load(u + p * kPart, factor);
+        store(g + p * kPart, b.weight[t] * activate(f.kind, pre) * factor);
+      }
       C* to = h + t * b.width + j;
       if (sizeof(C) == 4) std::memcpy(to, g, n * sizeof(float));
       else for (int64_t r = 0; r < n; ++r) to[r] = as(g[r], C{});
@@ -144,7 +149,7 @@ NOINLINE void few_outputs(const Ffn& f, int64_t begin, int64_t end) {
     }
     for (int64_t t = 0; t < f.tokens; ++t) {
       float y[kLanes];
-      store(y, totals(sum[t]));
+      totals(sum[t], y);
       std::memcpy(f.y + t * f.hidden + i, y, n * sizeof(float));
     }
   }
@@ -164,7 +169,8 @@ NOINLINE void lean_outputs(const Ffn& f, const Block& b, int64_t begin, int64_t 
     }
     for (int t = 0; t < b.tokens; ++t) {
       for (int64_t r = n; r < kLanes; ++r) sum[t][r] = Lanes{};
-      const Lanes more = totals(sum[t]);
+      float more[kLanes];
+      totals(sum[t], more);
       float* y = f.y + b.token[t] * f.hidden + i;
       for (int64_t r = 0; r < n; ++r) y[r] += more[r];
     }

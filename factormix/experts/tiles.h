@@ -1,27 +1,27 @@
 // More than 8 tokens: 16 of them side by side in a vector; a tile of rows times one or two such groups stays in
 // registers. A part of kernels.h.
 
-// out[r * G + g] = the R rows times group g; x holds the groups one behind the other, (n, 16) each. The rows of the
+// out (R, G, 16) = the R rows times the groups; x holds the groups one behind the other, (n, 16) each. The rows of the
 // next tile, `next` numbers on, are fetched into the second-level cache meanwhile.
 template <int R, int G>
-INLINE void tile(const float* const* w, const float* x, int64_t n, int64_t next, Lanes* out) {
-  Lanes sum[R][G] = {};
+INLINE void tile(const float* const* w, const float* x, int64_t n, int64_t next, float* out) {
+  Part sum[R][G * kParts] = {}, v[G * kParts];
   for (int64_t from = 0; from < n; from += kLanes) {
     UNROLL for (int r = 0; r < R; ++r) __builtin_prefetch(w[r] + from + next, 0, 2);
     const int64_t to = std::min(n, from + kLanes);
     for (int64_t i = from; i < to; ++i) {
-      Lanes v[G];
-      UNROLL for (int g = 0; g < G; ++g) load(x + (g * n + i) * kLanes, v[g]);
-      UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) sum[r][g] += v[g] * w[r][i];
+      beside<G>(x, n, i, v);
+      UNROLL for (int r = 0; r < R; ++r) UNROLL for (int q = 0; q < G * kParts; ++q) sum[r][q] += v[q] * w[r][i];
     }
   }
-  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) out[r * G + g] = sum[r][g];
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int q = 0; q < G * kParts; ++q)
+    store(out + (r * G * kParts + q) * kPart, sum[r][q]);
 }
 
 #if PAIRS
 // The same for pairs of bfloat16: x is (n / 2, 16) words, neighbours of a row in one word.
 template <int R, int G>
-INLINE void tile(const Bf16* const* w, const float* x, int64_t n, int64_t next, Lanes* out) {
+INLINE void tile(const Bf16* const* w, const float* x, int64_t n, int64_t next, float* out) {
   __m512 sum[R][G];
   UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) sum[r][g] = _mm512_setzero_ps();
   for (int64_t from = 0; from < n / 2; from += kLanes) {
@@ -38,30 +38,31 @@ INLINE void tile(const Bf16* const* w, const float* x, int64_t n, int64_t next, 
       }
     }
   }
-  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g) out[r * G + g] = (Lanes)sum[r][g];
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int g = 0; g < G; ++g)
+    store(out + (r * G + g) * kLanes, (Part)sum[r][g]);
 }
 #endif
 
-template <int R, typename C, typename Row>  // out (R, groups)
-NOINLINE void tiles(const Row* w, const float* x, int groups, int64_t n, int64_t next, Lanes* out) {
+template <int R, typename C, typename Row>  // out (R, groups, 16)
+NOINLINE void tiles(const Row* w, const float* x, int groups, int64_t n, int64_t next, float* out) {
   const int64_t words = sizeof(C) == 2 ? n / 2 : n;
   int g = 0;
 #if GROUPS == 2
   for (; g + 2 <= groups; g += 2) {
-    Lanes part[R * 2];
-    tile<R, 2>(w, x + g * words * kLanes, n, next, part);
-    for (int r = 0; r < R; ++r) out[r * groups + g] = part[2 * r], out[r * groups + g + 1] = part[2 * r + 1];
+    alignas(64) float part[R][2 * kLanes];
+    tile<R, 2>(w, x + g * words * kLanes, n, next, part[0]);
+    for (int r = 0; r < R; ++r) std::memcpy(out + (r * groups + g) * kLanes, part[r], sizeof part[r]);
   }
 #endif
   for (; g < groups; ++g) {
-    Lanes part[R];
-    tile<R, 1>(w, x + g * words * kLanes, n, next, part);
-    for (int r = 0; r < R; ++r) out[r * groups + g] = part[r];
+    alignas(64) float part[R][kLanes];
+    tile<R, 1>(w, x + g * words * kLanes, n, next, part[0]);
+    for (int r = 0; r < R; ++r) std::memcpy(out + (r * groups + g) * kLanes, part[r], sizeof part[r]);
   }
 }
 
 template <typename C, typename Row>
-INLINE void tiles(int rows, const Row* w, const float* x, int groups, int64_t n, int64_t next, Lanes* out) {
+INLINE void tiles(int rows, const Row* w, const float* x, int groups, int64_t n, int64_t next, float* out) {
   switch (rows) {
     case ROWS: return tiles<ROWS, C>(w, x, groups, n, next, out);
 #if ROWS > 8
@@ -86,20 +87,25 @@ INLINE void gather(const Ffn& f, const X* x, const int* token, int tokens, float
     const int n = std::min(kLanes, tokens - at);
     for (int64_t i = 0; i < words; i += kLanes) {
       const int64_t m = std::min<int64_t>(kLanes, words - i);
-      Lanes v[kLanes] = {};
+      alignas(64) float v[kLanes][kLanes] = {};
       for (int t = 0; t < n; ++t) {
         const X* from = x + token[at + t] * f.hidden + i * kEach;
-        if (m < kLanes)
-          for (int64_t l = 0; l < m; ++l)
-            if (kEach == 2) std::memcpy(reinterpret_cast<float*>(&v[t]) + l, from + 2 * l, 4);
-            else v[t][l] = value(from + l);
-        else if (kEach == 2) std::memcpy(&v[t], from, sizeof v[t]);
-        else load(from, v[t]);
+        if (kEach == 2) std::memcpy(v[t], from, m * sizeof(float));
+        else if (m == kLanes) widen(from, v[t]);
+        else for (int64_t l = 0; l < m; ++l) v[t][l] = value(from + l);
       }
-      transpose(v);
-      for (int64_t l = 0; l < m; ++l) store(out + (i + l) * kLanes, v[l]);
+      transpose(v[0]);
+      std::memcpy(out + i * kLanes, v, m * sizeof v[0]);
     }
   }
+}
+
+// One of a pair of bfloat16 in each word; the even one, written first, wipes the other.
+INLINE void put_half(float* to, bool odd, Part v) {
+  Words w = rounded(v), first;
+  std::memcpy(&first, to, sizeof first);
+  w = odd ? first | (w << 16) : w;
+  std::memcpy(to, &w, sizeof w);
 }
 
 // Some neurons of a block for some of its tokens, into f.h as `gather` would lay them out.
@@ -116,7 +122,7 @@ INLINE void many_neurons(const Ffn& f, const Task& task, Scratch& s) {
   const int64_t words = sizeof(C) == 2 ? b.width / 2 : b.width;
   float* h = f.h + b.first_h + task.token / kLanes * words * kLanes;
   C* room = reinterpret_cast<C*>(s.rows);
-  Lanes out[ROWS * kPanel / kLanes];
+  alignas(64) float out[ROWS * kPanel];
   for (int64_t j = task.begin; j < task.end;) {
     const int rows = std::max(both, fitting((task.end - j) * both)), n = rows / both;
     decltype(as(static_cast<const W*>(nullptr), room, 0)) w[ROWS];
@@ -125,18 +131,20 @@ INLINE void many_neurons(const Ffn& f, const Task& task, Scratch& s) {
       w[r] = as(static_cast<const W*>(b.up) + at * f.hidden, room + r * f.hidden, f.hidden);
     }
     tiles<C>(rows, w, s.panel, groups, f.hidden, n * f.hidden, out);
-    for (int g = 0; g < groups; ++g) {
-      Lanes factor, low = {};
-      load(weight + g * kLanes, factor);
-      for (int r = 0; r < n; ++r) {
-        const int64_t at = j + r, beside = b.width + at;
-        Lanes v = out[r * groups + g] * b.up_scale(at) + b.bias(at, f.bf16);
-        v = factor * activate(f.kind, v);
-        if (f.gated) v *= out[(n + r) * groups + g] * b.up_scale(beside) + b.bias(beside, f.bf16);
-        float* to = h + (g * words + (sizeof(C) == 2 ? (j + r) / 2 : j + r)) * kLanes;
-        if (sizeof(C) == 4) store(to, v);
-        else if (r % 2 == 0) low = v;
-        else store(to, reinterpret_cast<Lanes>(rounded(low) | (rounded(v) << 16)));
+    for (int r = 0; r < n; ++r) {
+      const int64_t at = j + r, word = sizeof(C) == 2 ? at / 2 : at;
+      for (int q = 0; q < groups * kParts; ++q) {
+        const int lane = q * kPart;
+        Part v, u, factor;
+        load(out + r * groups * kLanes + lane, v), load(weight + lane, factor);
+        v = factor * activate(f.kind, v * b.up_scale(at) + b.bias(at, f.bf16));
+        if (f.gated) {
+          load(out + (n + r) * groups * kLanes + lane, u);
+          v *= u * b.up_scale(b.width + at) + b.bias(b.width + at, f.bf16);
+        }
+        float* to = h + (lane / kLanes * words + word) * kLanes + lane % kLanes;
+        if (sizeof(C) == 2) put_half(to, at % 2, v);
+        else store(to, v);
       }
     }
     j += n;
@@ -149,7 +157,7 @@ INLINE void many_outputs(const Ffn& f, int64_t begin, int64_t end, Scratch& s) {
   constexpr int kChunk = 48;  // a multiple of 12 and of 16
   for (int64_t t = 0; t < f.tokens; ++t) std::fill(f.y + t * f.hidden + begin, f.y + t * f.hidden + end, 0.0f);
   C* room = reinterpret_cast<C*>(s.rows);
-  Lanes out[kChunk * kPanel / kLanes];
+  alignas(64) float out[kChunk * kPanel];
   for (const Block& b : f.blocks) {
     if (b.lean) {
       lean_outputs<W, C>(f, b, begin, end);
@@ -166,24 +174,29 @@ INLINE void many_outputs(const Ffn& f, int64_t begin, int64_t end, Scratch& s) {
           decltype(as(static_cast<const W*>(nullptr), room, 0)) w[ROWS];
           for (int q = 0; q < rows; ++q)
             w[q] = as(static_cast<const W*>(b.down) + (i + r + q) * b.width, room + q * b.width, b.width);
-          tiles<C>(rows, w, h, groups, b.width, rows * b.width, out + r * groups);
+          tiles<C>(rows, w, h, groups, b.width, rows * b.width, out + r * groups * kLanes);
           if (b.down_scales)
-            for (int q = 0; q < rows * groups; ++q) out[r * groups + q] *= b.down_scale(i + r + q / groups);
+            for (int q = 0; q < rows * groups * kLanes; ++q)
+              out[r * groups * kLanes + q] *= b.down_scale(i + r + q / (groups * kLanes));
           r += rows;
         }
         for (int64_t r = 0; r < n; r += kLanes)
           for (int g = 0; g < groups; ++g) {
             const int64_t m = std::min<int64_t>(kLanes, n - r);
-            Lanes v[kLanes] = {};
-            for (int64_t q = 0; q < m; ++q) v[q] = out[(r + q) * groups + g];
-            transpose(v);
+            alignas(64) float v[kLanes][kLanes] = {};
+            for (int64_t q = 0; q < m; ++q)
+              std::memcpy(v[q], out + ((r + q) * groups + g) * kLanes, sizeof v[q]);
+            transpose(v[0]);
             for (int t = 0; t < std::min(kLanes, tokens - g * kLanes); ++t) {
               float* y = f.y + b.token[at + g * kLanes + t] * f.hidden + i + r;
-              Lanes sum;
               if (m < kLanes) {
                 for (int64_t q = 0; q < m; ++q) y[q] += v[t][q];
-              } else {
-                load(y, sum), store(y, sum + v[t]);
+                continue;
+              }
+              UNROLL for (int p = 0; p < kParts; ++p) {
+                Part sum, more;
+                load(y + p * kPart, sum), load(v[t] + p * kPart, more);
+                store(y + p * kPart, sum + more);
               }
             }
           }
