@@ -178,12 +178,13 @@ def say_slow(model: PreTrainedModel, quiet: bool) -> None:
 
 
 def by_name(option: str, folders: Sequence[str]) -> dict[str, Path]:
-    """Adapter directories by the names of their folders, which name the domains.
+    """Adapter directories by the names of their folders, which name the domains; what no domain's name may hold, such
+    as a dot, becomes "_".
 
     Raises:
         FactorMixError: two have one name.
     """
-    named = {Path(folder).resolve().name: Path(folder) for folder in folders}
+    named = {re.sub(r"[^A-Za-z0-9_-]", "_", Path(folder).resolve().name): Path(folder) for folder in folders}
     if len(named) < len(folders):
         raise FactorMixError(f"two of {option} {', '.join(folders)} have the same name; rename one directory.")
     return named

@@ -84,6 +84,15 @@ def test_eval_generate_and_merge_agree(llama: Path, text: Path, adapter: Path, r
     assert run("generate", "nothing", *ask) == run("generate", llama, *ask)
 
 
+def test_a_folders_name_may_hold_a_dot(llama: Path, text: Path, adapter: Path, run: Run) -> None:
+    shutil.copytree(adapter, "pubmed-v1.2")
+    ask = ["w3 w4", "--max-new-tokens", "8", "--quiet", "--gate", "own", "--adapter"]
+    assert run("generate", llama, *ask, "pubmed-v1.2") == run("generate", llama, *ask, adapter)
+    words = "--tokens 200 --window 32 --quiet".split()
+    run("adapt", llama, "--domains", "pubmed-v1.2", "--task", text, "--dev", text, "-o", "mixed", *words)
+    assert run("generate", llama, "w3 w4", "--quiet", "--mix", "mixed")
+
+
 def test_a_gated_domain_becomes_a_qwen2_moe(llama: Path, text: Path, adapter: Path, run: Run, refused: Run) -> None:
     words = "--tokens 2000 --window 32 --lr 0.05 --quiet".split()
     run("adapt", llama, "--domains", adapter, "--task", text, "--dev", text, "-o", "mixed", *words)
