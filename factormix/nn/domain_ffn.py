@@ -71,7 +71,7 @@ class DomainFFN(nn.Module):
         """A new adapter for this FFN, not yet beside it. One that reads the FFN's input gets rows as large as the up
         projection's, so that its neurons start as active as the FFN's own."""
         adapter = DomainAdapter(spec)
-        up = self._up_weight()
+        up = self._weights()[0][0]
         if spec.reads == "input" and up.device.type != "meta" and adapter.in_proj.device.type != "meta":
             adapter.reset(rms(up))
         return adapter
@@ -80,21 +80,16 @@ class DomainFFN(nn.Module):
     def row_norm(self) -> float:
         """|W_down|_F / sqrt(H), of all neurons: how much a random sum of the FFN's neurons, each 1 or -1, moves one
         number of its output."""
-        ffn = self.base_layer
-        if not isinstance(ffn, SparseFFN):
-            downs = [cast(Tensor, ffn.get_submodule(self._down).weight)]
-        else:
-            downs = [cast(Tensor, part.packed().down) for part in (ffn.shared, ffn.experts) if part is not None]
-        return (sum(float(down.float().square().sum()) for down in downs) / self.hidden) ** 0.5
+        return (sum(float(down.float().square().sum()) for _, down in self._weights()) / self.hidden) ** 0.5
 
-    def _up_weight(self) -> Tensor:
+    def _weights(self) -> list[tuple[Tensor, Tensor]]:
+        """Up and down projection of the FFN; of a sparse one, those of its shared neurons, then of its experts."""
         ffn = self.base_layer
         if not isinstance(ffn, SparseFFN):
-            return cast(Tensor, ffn.get_submodule(self._up).weight)
-        if ffn.shared is not None:
-            return cast(Tensor, ffn.shared.packed().up)
-        assert ffn.experts is not None  # Layout refuses an FFN without neurons
-        return cast(Tensor, ffn.experts.packed().up)
+            up, down = (cast(Tensor, ffn.get_submodule(path).weight) for path in (self._up, self._down))
+            return [(up, down)]
+        parts = [part.packed() for part in (ffn.shared, ffn.experts) if part is not None]
+        return [(cast(Tensor, part.up), cast(Tensor, part.down)) for part in parts]
 
     def activate(self, domains: list[str]) -> None:
         """Run these adapters and no others.
