@@ -35,7 +35,6 @@ namespace {
 
 constexpr int kLean = 8;      // tokens for which a row is multiplied as it lies, at most
 constexpr int kScored = 4;    // tokens that are scored together
-constexpr int64_t kAhead = 2048;  // bytes
 constexpr int kLanes = 16;    // float32 to a vector
 constexpr int kPanel = 64;    // tokens that share one read of a row, at most
 constexpr int kChunk = 1024;  // tokens that are grouped at a time: bounds the scratch memory

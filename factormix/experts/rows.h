@@ -1,6 +1,7 @@
 // Up to 8 tokens: each row is read once, where it lies, for all the tokens that want it. A part of kernels.h.
 
 // The processor's own prefetching starts anew at each short row and block; the rows behind this one are wanted next.
+constexpr int64_t kAhead = BITS == 512 ? 2048 : 4096;  // bytes, as measured
 INLINE void ahead(const void* w, int64_t line) { __builtin_prefetch(static_cast<const char*>(w) + line + kAhead); }
 
 #include "int8.h"
