@@ -1,6 +1,6 @@
 // The processor's own vectors, `Part`, of which kParts make up 16 lanes: loads and rounding, the activations,
 // transposition and sums across. A part of kernels.h. (A vector wider than the processor's is a place in memory to
-// compilers, so nothing is computed in `Lanes`.)
+// compilers, so no inner loop computes in `Lanes`.)
 
 constexpr int kPart = BITS / 32;  // float32 to a Part
 constexpr int kParts = kLanes / kPart;

@@ -100,11 +100,14 @@ INLINE void gather(const Ffn& f, const X* x, const int* token, int tokens, float
   }
 }
 
-// One of a pair of bfloat16 in each word; the even one, written first, wipes the other.
+// One of a pair of bfloat16 in each word: first the even one, then the odd one above it.
 INLINE void put_half(float* to, bool odd, Part v) {
-  Words w = rounded(v), first;
-  std::memcpy(&first, to, sizeof first);
-  w = odd ? first | (w << 16) : w;
+  Words w = rounded(v);
+  if (odd) {
+    Words even;
+    std::memcpy(&even, to, sizeof even);
+    w = even | (w << 16);
+  }
   std::memcpy(to, &w, sizeof w);
 }
 
@@ -176,8 +179,11 @@ INLINE void many_outputs(const Ffn& f, int64_t begin, int64_t end, Scratch& s) {
             w[q] = as(static_cast<const W*>(b.down) + (i + r + q) * b.width, room + q * b.width, b.width);
           tiles<C>(rows, w, h, groups, b.width, rows * b.width, out + r * groups * kLanes);
           if (b.down_scales)
-            for (int q = 0; q < rows * groups * kLanes; ++q)
-              out[r * groups * kLanes + q] *= b.down_scale(i + r + q / (groups * kLanes));
+            for (int q = 0; q < rows * groups * kParts; ++q) {
+              float* sums = out + r * groups * kLanes + q * kPart;
+              Part v;
+              load(sums, v), store(sums, v * b.down_scale(i + r + q / (groups * kParts)));
+            }
           r += rows;
         }
         for (int64_t r = 0; r < n; r += kLanes)
