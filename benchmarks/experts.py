@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from factormix.experts import native
-from factormix.ffn import shared_copy
+from factormix.ffn import copy_structure
 from factormix.nn import Int8Neurons, Layout, SparseFFN, SparseSpec
 from factormix.nn.int8 import rounded
 
@@ -163,7 +163,7 @@ def int8_table(
         ours = [int8(sparse_ffn(hidden, inner, Layout(1, 0, 1), dtype)) for _ in range(copies)]
         for layout in layouts:
             plain = [sparse_ffn(hidden, inner, Layout.parse(layout), dtype) for _ in range(copies)]
-            sparse = [int8(shared_copy(ffn)) for ffn in plain]
+            sparse = [int8(copy_structure(ffn)) for ffn in plain]
             for count in threads:
                 torch.set_num_threads(count)
                 for t in tokens:

@@ -1,9 +1,9 @@
 """FactorMix: split a pretrained transformer's feed-forward networks into sparse experts that really run faster."""
 
-from factormix.export.load import load
 from factormix.factor.config import FactorConfig, HealConfig
 from factormix.factor.factorize import factorize
 from factormix.factor.heal import heal
+from factormix.loading import load
 from factormix.nn import Layout, SparseFFN, quantize
 from factormix.run.errors import FactorMixError
 

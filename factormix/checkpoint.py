@@ -349,4 +349,5 @@ def _register() -> None:
         auto.register(FactorMixConfig, stub, exist_ok=True)
 
 
+FactorMixMixin.write_directory = staticmethod(save)
 _register()

@@ -14,7 +14,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from factormix import checkpoint
-from factormix.data.assets import fetch
+from factormix.assets.fetch import fetch
 from factormix.data.packing import Packed, pack
 from factormix.data.text import read_documents
 from factormix.evaluate.answers import answer

@@ -11,9 +11,9 @@ import typer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from factormix.assets.fetch import source_of
 from factormix.cli import options
 from factormix.cli.models import Source, locate, locate_text, open_adapted, open_model, open_tokenizer, run_json
-from factormix.data.assets import source_of
 from factormix.data.packing import Packed, mask_token, pack, wants_bos
 from factormix.data.text import Documents, read_documents
 from factormix.evaluate.asked import Asked, masked_tokens

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from factormix import checkpoint
+from factormix.assets.table import ASSETS
 from factormix.cli import options
 from factormix.cli.eval import pack_text
 from factormix.cli.models import (
@@ -23,7 +24,6 @@ from factormix.cli.models import (
     run_json,
     text_hashes,
 )
-from factormix.data.asset_table import ASSETS
 from factormix.data.packing import fitting
 from factormix.data.text import read_documents
 from factormix.run.directory import check_output

@@ -30,8 +30,8 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from factormix import checkpoint
-from factormix.data.asset_table import ASSETS
-from factormix.data.assets import fetch_named
+from factormix.assets.fetch import fetch_named
+from factormix.assets.table import ASSETS
 from factormix.data.text import read_documents
 from factormix.ffn.cost import empty_model
 from factormix.nn import check_quantize

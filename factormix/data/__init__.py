@@ -1,1 +1,1 @@
-"""Text and models: reading files, packing tokens into windows, the table of downloadable assets."""
+"""Text and labelled data: files to documents, documents to windows of tokens."""

@@ -32,7 +32,6 @@ import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from factormix.data.assets import fetch_named
 from factormix.data.labelled import Labelled, read_labelled
 from factormix.data.questions import Question, from_labels, next_sentences
 from factormix.data.text import read_documents
@@ -188,6 +187,8 @@ def _leaves(result: Mapping[str, Any], task: str) -> list[str]:
 
 
 def _questions(config: Mapping[str, Any], limit: int, seed: int, quiet: bool) -> list[Question]:
+    from factormix.assets.fetch import fetch_named  # only where tasks are asked
+
     files = [fetch_named(name, quiet) for name in config["data"]]
     if config.get("questions") == "next-sentence":
         return next_sentences(read_documents([str(file) for file in files]).texts, limit, seed)

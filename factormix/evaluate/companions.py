@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
-from factormix.ffn import narrow, shared_copy
+from factormix.ffn import copy_structure, narrow
 from factormix.nn import FactorMixMixin, RoutedExperts, SparseFFN, sites_of
 from factormix.run.errors import FactorMixError, choose
 
@@ -51,7 +51,7 @@ def active_width(model: PreTrainedModel, base: PreTrainedModel) -> PreTrainedMod
     """
     if not isinstance(model, FactorMixMixin):
         raise FactorMixError(f"active-width needs a FactorMix model without adapters, received {type(model).__name__}.")
-    cut, sparse = shared_copy(base), model.sparse_ffns()
+    cut, sparse = copy_structure(base), model.sparse_ffns()
     for site in sites_of(cut):
         if site.index in sparse:
             spec = sparse[site.index].spec
@@ -66,7 +66,7 @@ def stock_experts(model: nn.Module, implementation: str) -> nn.Module:
     Raises:
         FactorMixError: FFNs without a gate or with biases, which that module does not hold.
     """
-    copied = shared_copy(model)
+    copied = copy_structure(model)
     for ffn in [module for module in copied.modules() if isinstance(module, SparseFFN)]:
         if ffn.experts is not None:
             ffn.experts = _StockExperts(ffn.experts, implementation)  # type: ignore[assignment]

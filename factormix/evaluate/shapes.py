@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from factormix.ffn import find_sites, shared_copy, swap
+from factormix.ffn import copy_structure, find_sites, swap
 from factormix.nn import Layout, SparseFFN, SparseSpec, adopt
 from factormix.run.errors import choose
 
@@ -52,7 +52,7 @@ def random_llamas(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         dense = LlamaForCausalLM._from_config(config, dtype=dtype).eval()
-        sparse = shared_copy(dense)
+        sparse = copy_structure(dense)
         sites = find_sites(dense)
         spec = SparseSpec(
             hidden=config.hidden_size, width=width, shared=layout.shared, active=layout.active, slices=layout.slices,

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from factormix.data.assets import cache_directory
 from factormix.experts.packed import PLAIN, PackedExperts
+from factormix.run.cache import cache_directory
 from factormix.run.directory import atomic_path
 from factormix.run.errors import FactorMixError
 

@@ -3,7 +3,6 @@
 from factormix.export.card import Origin
 from factormix.export.containers import CONTAINERS
 from factormix.export.export import Exported, export_model
-from factormix.export.load import load
 from factormix.export.parity import Parity
 
-__all__ = ["CONTAINERS", "Exported", "Origin", "Parity", "export_model", "load"]
+__all__ = ["CONTAINERS", "Exported", "Origin", "Parity", "export_model"]

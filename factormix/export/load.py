@@ -2,8 +2,8 @@
 
 ``factormix.json`` beside the container says what it was made of: the dense config, the sparse sites, how routers and
 down projections were scaled. Powers of two come off exactly, K and R to rounding; a router's mean row is gone, and with
-it nothing that chooses. Routers stay float32 in a bfloat16 model: rounding harms them most. `load` takes either kind
-of directory and is what ``factormix.load`` is.
+it nothing that chooses. Routers stay float32 in a bfloat16 model: rounding harms them most. ``factormix.load`` calls
+`from_container` where it finds that file.
 """
 
 from __future__ import annotations
@@ -23,56 +23,12 @@ from factormix.export.containers import CONTAINERS
 from factormix.export.gates import Gates
 from factormix.export.needs import Needs, read_needs
 from factormix.export.tensors import FFN, folded
-from factormix.nn import Quantize, SparseFFN, base_class, check_quantize
-from factormix.nn import quantize as quantize_ffns
+from factormix.nn import SparseFFN, base_class
 from factormix.run.directory import read_json, write_json
 from factormix.run.errors import FactorMixError, choose
 
 ORIGIN = "factormix.json"
 FORMAT_VERSION = 1
-
-
-def load(
-    path: str | Path,
-    dtype: torch.dtype | str = "auto",
-    device_map: str | dict[str, Any] | None = None,
-    auto_class: str | None = None,
-    quantize: Quantize | None = None,
-    **kwargs: Any,
-) -> PreTrainedModel:
-    """Load a FactorMix directory, or a stock container that ``factormix export`` wrote, as a FactorMix model.
-
-    Args:
-        path: the directory, or the hub name of a FactorMix directory.
-        dtype: of the weights; "auto" keeps the file's.
-        device_map, auto_class, kwargs: see `factormix.checkpoint.load`; a container takes none of them.
-        quantize: "int8": see `factormix.quantize`.
-
-    Raises:
-        FactorMixError: see `factormix.checkpoint.load`; a container that was approximated, which is another model;
-            another way to quantise.
-    """
-    check_quantize(quantize)
-    model = _load(path, dtype, device_map, auto_class, **kwargs)
-    return model if quantize is None else quantize_ffns(model)
-
-
-def _load(
-    path: str | Path,
-    dtype: torch.dtype | str,
-    device_map: str | dict[str, Any] | None,
-    auto_class: str | None,
-    **kwargs: Any,
-) -> PreTrainedModel:
-    if not (Path(path) / ORIGIN).is_file():
-        return checkpoint.load(path, dtype, device_map, auto_class, **kwargs)
-    given = {"device_map": device_map, "auto_class": auto_class, **kwargs}
-    if named := sorted(name for name, value in given.items() if value is not None):
-        raise FactorMixError(
-            f"{str(path)!r} is an exported container, which loads back without {', '.join(named)}; leave it out, or "
-            "save the loaded model as a FactorMix directory first."
-        )
-    return from_container(Path(path), dtype)
 
 
 def write_origin(folder: Path, model: PreTrainedModel, choice: Choice, gates: Gates) -> None:

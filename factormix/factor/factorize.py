@@ -28,7 +28,7 @@ from factormix.factor.fit import SiteReport, fit_site
 from factormix.factor.heal import heal
 from factormix.factor.lockstep import Lockstep, batches_of
 from factormix.factor.partition import BLIND, COMPENSATED, PARTITIONS
-from factormix.ffn import FFNSite, find_sites, isolate, shared_copy
+from factormix.ffn import FFNSite, copy_structure, find_sites, isolate
 from factormix.nn import FactorMixMixin, Layout, SparseFFN, SparseSpec, adopt
 from factormix.run.errors import FactorMixError
 from factormix.run.progress import progress
@@ -77,7 +77,7 @@ def factorize(
     packed = packed_text(calibration, dense, tokenizer, config.window, config.tokens, config.seed)
     started = time.perf_counter()
     was_training = dense.training
-    student = shared_copy(dense).eval()
+    student = copy_structure(dense).eval()
     layouts = _layouts(student, sites, config, packed.input_ids, work, quiet)
     specs = {site: _spec(site, config, layouts[site]) for site in sites}
     build = partial(_factored, config=config, specs=specs)

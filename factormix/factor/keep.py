@@ -28,7 +28,7 @@ from factormix.factor.factorize import packed_text, replace_ffns
 from factormix.factor.fit import CHUNK, FLOOR, SiteReport, fit_site, squares
 from factormix.factor.heal import heal
 from factormix.factor.lockstep import Lockstep
-from factormix.ffn import FFNSite, isolate, shared_copy
+from factormix.ffn import FFNSite, copy_structure, isolate
 from factormix.nn import FactorMixMixin, SparseFFN, SparseSpec, adopt, sites_of
 from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
@@ -83,7 +83,7 @@ def keep_experts(
     sites = {site: _static(specs[site.index], shared[site.index]) for site in sites_of(model) if site.index in shared}
     packed = packed_text(task, model, tokenizer, config.window, config.tokens, config.seed)
     started = time.perf_counter()
-    student = shared_copy(model).eval()
+    student = copy_structure(model).eval()
     build = partial(_kept, shared=shared, config=config, dense=dense)
     reports = replace_ffns(student, sites, packed, build, work=work, quiet=quiet)
     made_by: dict[str, Any] = {

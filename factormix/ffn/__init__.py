@@ -1,8 +1,8 @@
 """Where the FFN is: one view of the FFN of any Hugging Face family."""
 
-from factormix.ffn.families import FAMILIES, Family, Layout
+from factormix.ffn.families import FAMILIES, Family, FFNPaths
 from factormix.ffn.site import DenseFFN, FFNSite, FFNWeights
-from factormix.ffn.surgery import find_sites, get, isolate, shared_copy, swap, weights
+from factormix.ffn.surgery import copy_structure, find_sites, get, isolate, swap, weights
 from factormix.ffn.widen import narrow, set_inner, widen
 
 __all__ = [
@@ -11,13 +11,13 @@ __all__ = [
     "FFNSite",
     "FFNWeights",
     "Family",
-    "Layout",
+    "FFNPaths",
     "find_sites",
     "get",
     "isolate",
     "narrow",
     "set_inner",
-    "shared_copy",
+    "copy_structure",
     "swap",
     "weights",
     "widen",

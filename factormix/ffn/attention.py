@@ -51,7 +51,7 @@ def attention_output(model: nn.Module, site: FFNSite) -> str:
 
 def layer_of(site: FFNSite) -> str:
     """Dotted path of the layer that holds the FFN: up to the last index of the table's pattern."""
-    words = site.layout.at.split(".")
+    words = site.paths.at.split(".")
     below = len(words) - 1 - max(i for i, word in enumerate(words) if word == "*")
     layer = site.at.split(".")[: len(site.at.split(".")) - below]
     assert re.fullmatch(r"\d+", layer[-1]), site.at

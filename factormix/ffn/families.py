@@ -12,7 +12,7 @@ A new family is one entry. Open the family's ``modeling_*.py``, find the two or 
   live in different modules (BERT: residual and norm sit beside down); "inline" when the layer's own forward calls
   them (OPT, ALBERT).
 
-A user can add an entry at run time too: ``FAMILIES["my_type"] = Family((Layout(at="layers.*.mlp", ...),))``.
+A user can add an entry at run time too: ``FAMILIES["my_type"] = Family((FFNPaths(at="layers.*.mlp", ...),))``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Stack = Literal["decoder", "encoder"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class FFNPaths:
     """One way in which a family lays out its FFN; the fields are explained at the top of this file."""
 
     at: str
@@ -36,7 +36,7 @@ class Layout:
     fused: bool = False
     kind: Kind = "module"
     stack: Stack = "decoder"
-    shared: bool = False  # the first `*` is one of config.num_hidden_groups groups of layers that share weights
+    grouped: bool = False  # the first `*` is one of config.num_hidden_groups groups of layers that share weights
 
     @property
     def gated(self) -> bool:
@@ -45,29 +45,29 @@ class Layout:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names relative to ``at`` that must exist for this layout to apply."""
+        """The names relative to ``at`` that must exist for this entry to apply."""
         return tuple(part for part in (self.gate, self.up, self.act, self.down) if part is not None)
 
 
 @dataclass(frozen=True)
 class Family:
-    """The layouts of one ``model_type``, tried in order at each place.
+    """Where the FFNs of one ``model_type`` are: entries tried in order at each place.
 
     ``aside`` names top-level towers that text never crosses; their matrix products are not counted per token.
     """
 
-    layouts: tuple[Layout, ...]
+    paths: tuple[FFNPaths, ...]
     aside: tuple[str, ...] = ()
 
 
 def _gated(at: str = "layers.*.mlp", act: str = "act_fn") -> Family:
-    return Family((Layout(at=at, gate="gate_proj", up="up_proj", down="down_proj", act=act),))
+    return Family((FFNPaths(at=at, gate="gate_proj", up="up_proj", down="down_proj", act=act),))
 
 
 def _bert() -> Family:
     return Family(
         (
-            Layout(
+            FFNPaths(
                 at="encoder.layer.*",
                 up="intermediate.dense",
                 act="intermediate.intermediate_act_fn",
@@ -83,7 +83,7 @@ def _t5() -> Family:
     towers: tuple[tuple[Stack, int], ...] = (("encoder", 1), ("decoder", 2))
     return Family(
         tuple(
-            Layout(
+            FFNPaths(
                 at=f"{stack}.block.*.layer.{place}.DenseReluDense", gate=gate, up=up, down="wo", act="act", stack=stack
             )
             for stack, place in towers
@@ -92,19 +92,19 @@ def _t5() -> Family:
     )
 
 
-_FUSED = Family((Layout(at="layers.*.mlp", up="gate_up_proj", fused=True, down="down_proj", act="activation_fn"),))
+_FUSED = Family((FFNPaths(at="layers.*.mlp", up="gate_up_proj", fused=True, down="down_proj", act="activation_fn"),))
 
 FAMILIES: dict[str, Family] = {
     "albert": Family(
         (
-            Layout(
+            FFNPaths(
                 at="albert_layer_groups.*.albert_layers.*",
                 up="ffn",
                 act="activation",
                 down="ffn_output",
                 kind="inline",
                 stack="encoder",
-                shared=True,
+                grouped=True,
             ),
         )
     ),
@@ -113,33 +113,33 @@ FAMILIES: dict[str, Family] = {
     "cohere": _gated(),
     "deberta-v2": _bert(),
     "distilbert": Family(
-        (Layout(at="transformer.layer.*.ffn", up="lin1", down="lin2", act="activation", stack="encoder"),)
+        (FFNPaths(at="transformer.layer.*.ffn", up="lin1", down="lin2", act="activation", stack="encoder"),)
     ),
     "electra": _bert(),
     "gemma": _gated(),
     "gemma2": _gated(),
-    "gemma3": Family(_gated("language_model.layers.*.mlp").layouts, aside=("vision_tower", "multi_modal_projector")),
+    "gemma3": Family(_gated("language_model.layers.*.mlp").paths, aside=("vision_tower", "multi_modal_projector")),
     "gemma3_text": _gated(),
     "glm4": _FUSED,
-    "gpt2": Family((Layout(at="h.*.mlp", up="c_fc", down="c_proj", act="act"),)),
-    "gpt_neox": Family((Layout(at="layers.*.mlp", up="dense_h_to_4h", down="dense_4h_to_h", act="act"),)),
+    "gpt2": Family((FFNPaths(at="h.*.mlp", up="c_fc", down="c_proj", act="act"),)),
+    "gpt_neox": Family((FFNPaths(at="layers.*.mlp", up="dense_h_to_4h", down="dense_4h_to_h", act="act"),)),
     "granite": _gated(),
     "llama": _gated(),
     "mistral": _gated(),
-    "modernbert": Family((Layout(at="layers.*.mlp", up="Wi", fused=True, down="Wo", act="act", stack="encoder"),)),
+    "modernbert": Family((FFNPaths(at="layers.*.mlp", up="Wi", fused=True, down="Wo", act="act", stack="encoder"),)),
     "mt5": _t5(),
     "olmo": _gated(),
     "olmo2": _gated(),
     "olmo3": _gated(),
-    "opt": Family((Layout(at="decoder.layers.*", up="fc1", act="activation_fn", down="fc2", kind="inline"),)),
-    "phi": Family((Layout(at="layers.*.mlp", up="fc1", down="fc2", act="activation_fn"),)),
+    "opt": Family((FFNPaths(at="decoder.layers.*", up="fc1", act="activation_fn", down="fc2", kind="inline"),)),
+    "phi": Family((FFNPaths(at="layers.*.mlp", up="fc1", down="fc2", act="activation_fn"),)),
     "phi3": _FUSED,
     "qwen2": _gated(),
     "qwen3": _gated(),
     "roberta": _bert(),
     "smollm3": _gated(),
     "stablelm": _gated(),
-    "starcoder2": Family((Layout(at="layers.*.mlp", up="c_fc", down="c_proj", act="act"),)),
+    "starcoder2": Family((FFNPaths(at="layers.*.mlp", up="c_fc", down="c_proj", act="act"),)),
     "t5": _t5(),
     "umt5": _t5(),
     "xlm-roberta": _bert(),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from factormix.ffn.families import Kind, Layout, Stack
+from factormix.ffn.families import FFNPaths, Kind, Stack
 from factormix.run.errors import FactorMixError
 
 Activation = Callable[[Tensor], Tensor]
@@ -95,8 +95,8 @@ class FFNSite:
 
     Attributes:
         index: position among the model's sites, front to back.
-        at: dotted path of the module that holds the parts named by `layout`.
-        layout: the family's table entry.
+        at: dotted path of the module that holds the parts named by `paths`.
+        paths: the family's table entry.
         layers: the layers, counted from 0 within `stack`, that run this FFN: one, or several where weights are shared.
         hidden: H.
         inner: I.
@@ -106,7 +106,7 @@ class FFNSite:
 
     index: int
     at: str
-    layout: Layout
+    paths: FFNPaths
     layers: tuple[int, ...]
     hidden: int
     inner: int
@@ -118,22 +118,22 @@ class FFNSite:
     @property
     def name(self) -> str:
         """Dotted path where the ONE FFN module stands (after `isolate`)."""
-        return self.at if self.kind == "module" else f"{self.at}.{self.layout.up}"
+        return self.at if self.kind == "module" else f"{self.at}.{self.paths.up}"
 
     @property
     def kind(self) -> Kind:
         """ "module", "split" or "inline", see `factormix.ffn.families`."""
-        return self.layout.kind
+        return self.paths.kind
 
     @property
     def stack(self) -> Stack:
         """ "decoder" or "encoder"."""
-        return self.layout.stack
+        return self.paths.stack
 
     @property
     def gated(self) -> bool:
         """True when a gate multiplies the up projection."""
-        return self.layout.gated
+        return self.paths.gated
 
     @property
     def use_count(self) -> int:

@@ -20,7 +20,7 @@ from typing import TypeVar
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from factormix.ffn.families import FAMILIES, Layout
+from factormix.ffn.families import FAMILIES, FFNPaths
 from factormix.ffn.site import DenseFFN, FFNSite, FFNWeights, bias_of, name_activation, rows
 from factormix.run.errors import FactorMixError, nearest
 
@@ -49,20 +49,20 @@ def find_sites(model: nn.Module, layers: Sequence[int] | None = None) -> list[FF
     config = getattr(config, "text_config", config)
     sites: list[FFNSite] = []
     for name, _ in model.named_modules():
-        places = [(layout, match) for layout in family.layouts if (match := _pattern(layout.at).search(name))]
-        fitting = [(layout, match) for layout, match in places if _has_parts(model, name, layout)]
+        places = [(paths, match) for paths in family.paths if (match := _pattern(paths.at).search(name))]
+        fitting = [(paths, match) for paths, match in places if _has_parts(model, name, paths)]
         if fitting:
-            layout, match = fitting[0]
-            used_by = _layers(layout, int(match.group(1)), config)
-            sites.append(_read(model, name, layout, used_by, config, len(sites)))
+            paths, match = fitting[0]
+            used_by = _layers(paths, int(match.group(1)), config)
+            sites.append(_read(model, name, paths, used_by, config, len(sites)))
         elif places:
-            wanted = " or ".join(", ".join(layout.parts) for layout, _ in places)
+            wanted = " or ".join(", ".join(paths.parts) for paths, _ in places)
             raise FactorMixError(
                 f"{name} of this {model_type!r} model lacks the dense FFN's parts ({wanted}); it is "
                 f"{type(model.get_submodule(name)).__name__}. find_sites reads dense models: call it before any swap."
             )
     if not sites:
-        wanted = "; ".join(f"modules named '...{each.at}' with {', '.join(each.parts)}" for each in family.layouts)
+        wanted = "; ".join(f"modules named '...{each.at}' with {', '.join(each.parts)}" for each in family.paths)
         raise FactorMixError(_not_found(model, model_type, wanted))
     return sites if layers is None else _select(sites, layers)
 
@@ -75,11 +75,11 @@ def isolate(model: nn.Module, site: FFNSite) -> nn.Module:
     Parameter names change with it ("intermediate.dense.weight" becomes "intermediate.dense.up.weight").
     """
     if not _is_isolated(model, site):
-        layout, at = site.layout, model.get_submodule(site.at)
-        up, act, down = (_part(at, part) for part in (layout.up, layout.act, layout.down))
-        _assign(at, layout.up, DenseFFN(up, act, down).train(at.training))  # type: ignore[arg-type]
-        _assign(at, layout.act, nn.Identity())
-        _assign(at, layout.down, nn.Identity())
+        paths, at = site.paths, model.get_submodule(site.at)
+        up, act, down = (_part(at, part) for part in (paths.up, paths.act, paths.down))
+        _assign(at, paths.up, DenseFFN(up, act, down).train(at.training))  # type: ignore[arg-type]
+        _assign(at, paths.act, nn.Identity())
+        _assign(at, paths.down, nn.Identity())
     return model.get_submodule(site.name)
 
 
@@ -110,10 +110,10 @@ def weights(model: nn.Module, site: FFNSite) -> FFNWeights:
     Raises:
         FactorMixError: the FFN was replaced by a module that is not the dense one, or a weight is quantised.
     """
-    gate, up, down = _linears(model, site.at, site.layout)
+    gate, up, down = _linears(model, site.at, site.paths)
     up_rows, up_bias = rows(up, site.name), bias_of(up)  # (I, H), or (2I, H) when fused
     down_rows = rows(down, site.name).T  # (I, H)
-    if site.layout.fused:
+    if site.paths.fused:
         inner = site.inner
         return FFNWeights(
             gate=up_rows[:inner],  # (I, H), the activated half comes first
@@ -133,7 +133,7 @@ def weights(model: nn.Module, site: FFNSite) -> FFNWeights:
     )
 
 
-def shared_copy(model: M) -> M:
+def copy_structure(model: M) -> M:
     """The same modules anew around the same tensors: swapping an FFN of the copy leaves the original as it is."""
     shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, shared)  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ def dense_linears(model: nn.Module, site: FFNSite) -> tuple[nn.Module | None, nn
     Raises:
         FactorMixError: the FFN was replaced by a module that is not the dense one.
     """
-    return _linears(model, site.at, site.layout)
+    return _linears(model, site.at, site.paths)
 
 
 def _pattern(at: str) -> re.Pattern[str]:
@@ -166,79 +166,79 @@ def _assign(at: nn.Module, path: str, module: nn.Module) -> None:
     setattr(at.get_submodule(parent), last, module)
 
 
-def _dense_ffn(at: nn.Module, layout: Layout) -> DenseFFN | None:
+def _dense_ffn(at: nn.Module, paths: FFNPaths) -> DenseFFN | None:
     """The DenseFFN that `isolate` put there, or None."""
-    slot = _part(at, layout.up)
-    return slot if layout.kind != "module" and isinstance(slot, DenseFFN) else None
+    slot = _part(at, paths.up)
+    return slot if paths.kind != "module" and isinstance(slot, DenseFFN) else None
 
 
 def _is_isolated(model: nn.Module, site: FFNSite) -> bool:
     if site.kind == "module":
         return True
     at = model.get_submodule(site.at)
-    return isinstance(_part(at, site.layout.act), nn.Identity) and isinstance(_part(at, site.layout.down), nn.Identity)
+    return isinstance(_part(at, site.paths.act), nn.Identity) and isinstance(_part(at, site.paths.down), nn.Identity)
 
 
-def _has_parts(model: nn.Module, name: str, layout: Layout) -> bool:
+def _has_parts(model: nn.Module, name: str, paths: FFNPaths) -> bool:
     at = model.get_submodule(name)
-    if _dense_ffn(at, layout) is not None:
+    if _dense_ffn(at, paths) is not None:
         return True
-    return all(_part(at, part) is not None for part in layout.parts) and not isinstance(
-        _part(at, layout.down), nn.Identity
+    return all(_part(at, part) is not None for part in paths.parts) and not isinstance(
+        _part(at, paths.down), nn.Identity
     )
 
 
-def _linears(model: nn.Module, name: str, layout: Layout) -> tuple[nn.Module | None, nn.Module, nn.Module]:
+def _linears(model: nn.Module, name: str, paths: FFNPaths) -> tuple[nn.Module | None, nn.Module, nn.Module]:
     """(gate or None, up, down) of a dense FFN, isolated or not."""
     at = model.get_submodule(name)
-    dense = _dense_ffn(at, layout)
+    dense = _dense_ffn(at, paths)
     if dense is not None:
         return None, dense.up, dense.down
-    if not _has_parts(model, name, layout):
-        slot = at if layout.kind == "module" else _part(at, layout.up)
+    if not _has_parts(model, name, paths):
+        slot = at if paths.kind == "module" else _part(at, paths.up)
         raise FactorMixError(
-            f"the FFN at {name} is {type(slot).__name__}, no longer the dense one with {', '.join(layout.parts)}. "
+            f"the FFN at {name} is {type(slot).__name__}, no longer the dense one with {', '.join(paths.parts)}. "
             "Read the weights before the swap, or from the module that swap returned."
         )
-    gate = None if layout.gate is None else at.get_submodule(layout.gate)
-    return gate, at.get_submodule(layout.up), at.get_submodule(layout.down)
+    gate = None if paths.gate is None else at.get_submodule(paths.gate)
+    return gate, at.get_submodule(paths.up), at.get_submodule(paths.down)
 
 
-def _read(model: nn.Module, name: str, layout: Layout, layers: tuple[int, ...], config: object, index: int) -> FFNSite:
+def _read(model: nn.Module, name: str, paths: FFNPaths, layers: tuple[int, ...], config: object, index: int) -> FFNSite:
     """Measure one FFN and check that its parts fit together."""
-    gate, up, down = _linears(model, name, layout)
-    hidden, inner = rows(down, f"{name}.{layout.down}").shape
-    up_rows = 2 * inner if layout.fused else inner
-    shapes = {layout.up: (rows(up, f"{name}.{layout.up}").shape, up_rows)}
+    gate, up, down = _linears(model, name, paths)
+    hidden, inner = rows(down, f"{name}.{paths.down}").shape
+    up_rows = 2 * inner if paths.fused else inner
+    shapes = {paths.up: (rows(up, f"{name}.{paths.up}").shape, up_rows)}
     if gate is not None:
-        shapes[str(layout.gate)] = (rows(gate, f"{name}.{layout.gate}").shape, inner)
+        shapes[str(paths.gate)] = (rows(gate, f"{name}.{paths.gate}").shape, inner)
     for part, (shape, want) in shapes.items():
         if tuple(shape) != (want, hidden):
             raise FactorMixError(
-                f"{name}.{part} maps {shape[1]} -> {shape[0]}, but {layout.down} maps {inner} -> {hidden}, so "
+                f"{name}.{part} maps {shape[1]} -> {shape[0]}, but {paths.down} maps {inner} -> {hidden}, so "
                 f"{hidden} -> {want} was expected: the entry in FAMILIES does not describe this model."
             )
     at = model.get_submodule(name)
-    dense = _dense_ffn(at, layout)
-    act = _part(at, layout.act) if dense is None else dense.act
+    dense = _dense_ffn(at, paths)
+    act = _part(at, paths.act) if dense is None else dense.act
     has_up_bias = bias_of(up) is not None
     return FFNSite(
         index=index,
         at=name,
-        layout=layout,
+        paths=paths,
         layers=layers,
         hidden=hidden,
         inner=inner,
-        activation=name_activation(act, config, f"{name}.{layout.act}"),
-        gate_bias=has_up_bias if layout.fused else gate is not None and bias_of(gate) is not None,
+        activation=name_activation(act, config, f"{name}.{paths.act}"),
+        gate_bias=has_up_bias if paths.fused else gate is not None and bias_of(gate) is not None,
         up_bias=has_up_bias,
         down_bias=bias_of(down) is not None,
     )
 
 
-def _layers(layout: Layout, index: int, config: object) -> tuple[int, ...]:
+def _layers(paths: FFNPaths, index: int, config: object) -> tuple[int, ...]:
     """The layers that run the FFN found under the first index of the pattern."""
-    if not layout.shared:
+    if not paths.grouped:
         return (index,)
     total, groups = int(getattr(config, "num_hidden_layers")), int(getattr(config, "num_hidden_groups"))  # noqa: B009
     return tuple(layer for layer in range(total) if int(layer / (total / groups)) == index)  # as the family's forward
@@ -271,7 +271,7 @@ def _not_found(model: nn.Module, model_type: str, wanted: str) -> str:
         f"cannot find the FFNs of model_type {model_type!r} ({type(model).__name__}). Looked for: {wanted}. "
         f"Linear pairs (H -> I) and (I -> H) seen: {pairs}. Known families: {', '.join(sorted(FAMILIES))}."
         f"{nearest(model_type, FAMILIES)} To add one, write one entry in factormix/ffn/families.py or at run time: "
-        f"FAMILIES[{model_type!r}] = Family((Layout(at='layers.*.mlp', gate='gate_proj' or None, up='up_proj', "
+        f"FAMILIES[{model_type!r}] = Family((FFNPaths(at='layers.*.mlp', gate='gate_proj' or None, up='up_proj', "
         "down='down_proj', act='act_fn'),)); the top of that file explains the fields."
     )
 

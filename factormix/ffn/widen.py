@@ -104,7 +104,7 @@ def set_inner(model: PreTrainedModel, old: int, new: int) -> None:
 def _write(model: nn.Module, site: FFNSite, new: FFNWeights) -> None:
     """Give the dense FFN at `site` other weights, of another width."""
     gate, up, down = dense_linears(model, site)
-    if site.layout.fused:
+    if site.paths.fused:
         assert new.gate is not None
         both = (
             None if new.up_bias is None or new.gate_bias is None else torch.cat([new.gate_bias, new.up_bias])

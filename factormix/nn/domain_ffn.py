@@ -148,7 +148,7 @@ class DomainFFN(nn.Module):
 
 def _paths(site: FFNSite) -> tuple[str, str]:
     """Where the up and the down projection are below the dense FFN's one module; `isolate` names them so."""
-    return (site.layout.up, site.layout.down) if site.kind == "module" else ("up", "down")
+    return (site.paths.up, site.paths.down) if site.kind == "module" else ("up", "down")
 
 
 @contextmanager

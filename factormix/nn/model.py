@@ -7,7 +7,8 @@ gradient checkpointing work as that family's do. Which FFNs are sparse, and thei
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ class FactorMixMixin:
     """What a FactorMix model has beyond its family's class."""
 
     config: PretrainedConfig
+    write_directory: ClassVar[Callable[..., None]]
+    """`factormix.checkpoint.save`, which sets this: nothing here imports the floor above."""
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -37,9 +40,7 @@ class FactorMixMixin:
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write a FactorMix directory, atomically and with hashes; see `factormix.checkpoint.save`."""
-        from factormix.checkpoint import save  # the floor above: this method is its front door
-
-        save(cast(PreTrainedModel, self), save_directory, **kwargs)
+        type(self).write_directory(self, save_directory, **kwargs)
 
 
 def factormix_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from factormix.data.assets import source_of
-from factormix.data.convert_bigbench import CHOICE_TASKS, convert_choices
-from factormix.data.convert_questions import _split, convert_mmlu, convert_reuters
+from factormix.assets.convert_bigbench import CHOICE_TASKS, convert_choices
+from factormix.assets.convert_questions import _split, convert_mmlu, convert_reuters
+from factormix.assets.fetch import source_of
 from factormix.data.labelled import read_labelled
 from factormix.data.questions import from_labels, next_sentences
 from factormix.run.errors import FactorMixError

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from factormix.data.asset_table import ASSETS
+from factormix.assets.table import ASSETS
 from factormix.evaluate import choice
 from factormix.evaluate.choice import CORE_TASKS, answer_tasks, check_harness, local_tasks, read_task
 from factormix.run.errors import FactorMixError

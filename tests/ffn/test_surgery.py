@@ -17,9 +17,9 @@ from factormix.ffn import (
     FAMILIES,
     DenseFFN,
     Family,
+    FFNPaths,
     FFNSite,
     FFNWeights,
-    Layout,
     find_sites,
     get,
     isolate,
@@ -217,7 +217,7 @@ def test_an_unknown_family_is_told_what_was_looked_for_and_how_to_add_it() -> No
     assert "Looked for: an entry 'lama' in the table FAMILIES" in message
     assert "model.layers.*.mlp.up_proj (32 -> 64) with model.layers.*.mlp.down_proj (64 -> 32)" in message
     assert "Known families: albert, bert" in message and "Did you mean 'llama'?" in message
-    assert "FAMILIES['lama'] = Family((Layout(" in message
+    assert "FAMILIES['lama'] = Family((FFNPaths(" in message
 
 
 def test_a_family_without_ffn_pairs_says_so() -> None:
@@ -229,7 +229,7 @@ def test_a_family_without_ffn_pairs_says_so() -> None:
 def test_a_family_can_be_added_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     model.config.model_type = "mine"
-    entry = Layout(at="layers.*.mlp", gate="gate_proj", up="up_proj", down="down_proj", act="act_fn")
+    entry = FFNPaths(at="layers.*.mlp", gate="gate_proj", up="up_proj", down="down_proj", act="act_fn")
     monkeypatch.setitem(FAMILIES, "mine", Family((entry,)))
     assert len(find_sites(model)) == 2
 
@@ -241,7 +241,7 @@ def test_an_entry_that_finds_nothing_names_the_modules_it_wanted(monkeypatch: py
 
 
 def test_an_entry_with_the_wrong_parts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    swapped = Layout(at="layers.*.mlp", gate="gate_proj", up="down_proj", down="up_proj", act="act_fn")
+    swapped = FFNPaths(at="layers.*.mlp", gate="gate_proj", up="down_proj", down="up_proj", act="act_fn")
     monkeypatch.setitem(FAMILIES, "llama", Family((swapped,)))
     with pytest.raises(FactorMixError, match="the entry in FAMILIES does not describe this model"):
         find_sites(tiny_model("llama"))

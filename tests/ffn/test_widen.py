@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factormix.ffn import find_sites, isolate, narrow, shared_copy, weights
+from factormix.ffn import copy_structure, find_sites, isolate, narrow, weights
 from tests.families import tiny_model
 
 
@@ -13,7 +13,7 @@ from tests.families import tiny_model
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "bert", "opt"])  # gated, Conv1D, fused, split, inline
 def test_a_narrow_ffn_is_its_first_neurons(family: str) -> None:
     dense = tiny_model(family)
-    model = shared_copy(dense)
+    model = copy_structure(dense)
     for site in find_sites(dense):
         old = weights(dense, site)
         keep = site.inner // 4
@@ -29,8 +29,8 @@ def test_a_narrow_ffn_is_its_first_neurons(family: str) -> None:
     assert {s.inner for s in find_sites(model)} == {keep}
 
 
-def test_a_shared_copy_holds_the_same_tensors() -> None:
+def test_a_copy_structure_holds_the_same_tensors() -> None:
     dense = tiny_model("llama")
-    copied = shared_copy(dense)
+    copied = copy_structure(dense)
     assert all(a is b for a, b in zip(dense.parameters(), copied.parameters(), strict=True))
     assert not set(dense.modules()) & set(copied.modules()) and copied.config is not dense.config

@@ -34,7 +34,7 @@ def scaled(family: str, up: float, down: float) -> PreTrainedModel:
     model = tiny_model(family)
     with torch.no_grad():
         for site in sites_of(model):
-            for name, factor in ((site.layout.up, up), (site.layout.down, down)):
+            for name, factor in ((site.paths.up, up), (site.paths.down, down)):
                 model.get_submodule(f"{site.at}.{name}" if site.at else name).weight.mul_(factor)
     return model
 

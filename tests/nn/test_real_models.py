@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from factormix.data.assets import fetch
+from factormix.assets.fetch import fetch
 from factormix.ffn import find_sites, get, isolate, weights
 from factormix.nn import Layout
 from tests.nn.sparse import sparse_ffn, sparsify

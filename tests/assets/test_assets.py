@@ -19,9 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from factormix.data import assets, packages
-from factormix.data.assets import ASSETS, Asset, cache_directory, fetch
-from factormix.data.packages import Package, download, unpack
+from factormix.assets import fetch as assets
+from factormix.assets import packages
+from factormix.assets.fetch import ASSETS, Asset, fetch
+from factormix.assets.packages import Package, download, unpack
+from factormix.run.cache import cache_directory
 from factormix.run.errors import FactorMixError
 
 

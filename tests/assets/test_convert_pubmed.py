@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
-from factormix.data.convert_pubmed import PARTS, convert_pubmed
+from factormix.assets.convert_pubmed import PARTS, convert_pubmed
 from factormix.data.text import read_documents
 
 

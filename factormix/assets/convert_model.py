@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from factormix.data.convert_text import find_folder
+from factormix.assets.convert_text import find_folder
 from factormix.run.directory import sha256
 from factormix.run.errors import FactorMixError
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from factormix.data.convert_text import find_folder, write_documents
+from factormix.assets.convert_text import find_folder, write_documents
 
 PARTS = ("pubmed20n0014.xml.gz", "pubmed21n1298.xml.gz")  # of the baseline of 2020 and of the updates of 2021
 LONG = 80  # letters of a title or section that two articles do not share by chance

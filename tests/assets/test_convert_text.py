@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from factormix.data.convert_text import (
+from factormix.assets.convert_text import (
     brown_document,
     convert_brown,
     convert_foldoc,
