@@ -1,4 +1,4 @@
-"""Where the FFN is: one view of the FFN of any Hugging Face family."""
+"""Find, read and replace the FFNs of any Hugging Face family."""
 
 from factormix.ffn.families import FAMILIES, Family, FFNPaths
 from factormix.ffn.site import DenseFFN, FFNSite, FFNWeights

@@ -1,7 +1,7 @@
-"""Where the attention of an FFN's layer ends: the Linear whose output joins the residual stream.
+"""Find the attention's output projection in the layer of an FFN: the Linear whose output joins the residual stream.
 
-Houlsby's task adapters stand there, and nobody above this file knows a family's name. As in `families`, a family is
-data: names relative to the layer, tried in order.
+Houlsby task adapters are placed behind it. As in `families`, a family is data: `OUTPUTS` lists names relative to the
+layer, tried in order, so that no code above this file needs to know a family.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def attention_output(model: nn.Module, site: FFNSite) -> str:
             continue
         return f"{layer}.{name}"
     raise FactorMixError(
-        f"the attention of {layer} ends in none of {', '.join(OUTPUTS)}; write its name into OUTPUTS of "
-        "factormix/ffn/attention.py, or use adapters beside the FFN alone."
+        f"the attention of {layer} ends in none of {', '.join(OUTPUTS)}; add its name to OUTPUTS of "
+        "factormix/ffn/attention.py, or use adapters beside the FFN only."
     )
 
 

@@ -1,19 +1,18 @@
-"""What the FFNs of a model cost, read from its config alone, and how much faster sparse FFNs could make it at most.
+"""Count what the FFNs of a model cost, from its config alone, and bound how much faster sparse FFNs can make it.
 
-    inspection = inspect_model("HuggingFaceTB/SmolLM2-135M")     # the config only, no weights are loaded
-    inspection.speed_limit(0.5).prefill                          # no FFN sparsity of one half can beat this
+    inspection = inspect_model("HuggingFaceTB/SmolLM2-135M")     # reads the config only, no weights
+    inspection.speed_limit(0.5).prefill                          # no model with half of its FFN active can beat this
 
-The model is built on the meta device. What is counted, per token and per pass:
+The model is built on the meta device. Two costs are counted, both for one token in one forward pass:
 
-- FLOPs: 2 for each weight of a Linear or Conv1D that a token crosses (multiply and add), once for each crossing: ALBERT
-  crosses its shared layers several times. The language-model head counts, embedding look-ups do not. Attention scores,
-  which grow with the context, and element-wise work are left out; poolers and classifiers, which run once a sequence,
-  count as if they ran for each token.
-- Parameters read: all that decoding one token at batch size 1 must read, each as wide as the others, so that the share
-  of parameters is the share of bytes. The KV cache is left out.
+- FLOPs: 2 (multiply and add) for each weight of a Linear or Conv1D, each time a token crosses it. ALBERT's tokens cross
+  its shared layers several times. The language-model head counts, embedding look-ups do not. Attention scores and
+  element-wise work are not counted. Poolers and classifiers count for every token, although they run once a sequence.
+- Parameters read: every parameter that decoding one token at batch size 1 must read. All count alike, so the share of
+  parameters equals the share of bytes. The key-value cache is not counted.
 
-An encoder-decoder counts one token in each stack, in both. What is left out makes the FFN's share, and so the speed
-limit, somewhat too high: it is a bound, not a forecast.
+For an encoder-decoder, one token in each stack is counted, in both costs. The work that is not counted would lower the
+FFN's share, so the speed limit is somewhat too high: it is a bound, not a forecast.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ from factormix.run.errors import FactorMixError
 
 @dataclass(frozen=True)
 class SiteGroup:
-    """FFNs that are alike in all but their layer.
+    """FFNs that differ only in their layer.
 
     Attributes:
         stack: "decoder" or "encoder".
         layers: every layer that runs one of them.
-        sites: how many FFNs with weights of their own there are.
-        use_count: how many times a token crosses each.
+        sites: the number of FFNs; an FFN that several layers share counts once.
+        use_count: how many times a token crosses each of them.
         hidden, inner: H and I.
         activation: name in transformers' ACT2FN.
         gated: True when a gate multiplies the up projection.
@@ -64,12 +63,12 @@ class SiteGroup:
 
 @dataclass(frozen=True)
 class SpeedLimit:
-    """The most that sparse FFNs can gain, by Amdahl's law: ``1 / (1 - share * (1 - active_fraction))``.
+    """The largest speed-up that sparse FFNs can give, by Amdahl's law: ``1 / (1 - share * (1 - active_fraction))``.
 
     Attributes:
         active_fraction: share of the FFN's neurons that run, 0 to 1.
-        prefill: times faster when FLOPs are the limit (long inputs, large batches).
-        decode: times faster when bytes read are the limit (one token at a time, batch size 1).
+        prefill: speed-up where FLOPs are the limit (long inputs, large batches), 1 or more.
+        decode: speed-up where bytes read are the limit (one token at a time, batch size 1), 1 or more.
     """
 
     active_fraction: float
@@ -83,20 +82,20 @@ class SpeedLimit:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_model` found. Counts of parameters count each stored number once; the rest is explained above.
+    """The result of `inspect_model`. A parameter that is stored once counts once, even if several layers use it.
 
     Attributes:
         model_type: the family, as the config names it.
-        model_class: the class that was built; the head depends on it.
-        groups: the FFNs, like ones together, front to back.
-        parameters: all of them = ffn_parameters + embedding_parameters + other_parameters.
-        ffn_parameters: in FFNs.
-        embedding_parameters: in embedding tables, a table tied to the head included.
-        other_parameters: attention, norms, heads.
-        flops_per_token: see the top of this file.
-        ffn_flops_per_token: of these, in FFNs.
-        read_parameters: read to decode one token.
-        ffn_read_parameters: of these, in FFNs.
+        model_class: the class that was built; whether there is a head depends on it.
+        groups: the FFNs from front to back, those that differ only in their layer in one group.
+        parameters: all parameters: ffn_parameters + embedding_parameters + other_parameters.
+        ffn_parameters: those in FFNs.
+        embedding_parameters: those in embedding tables, including a table that is tied to the head.
+        other_parameters: those of attention, norms and heads.
+        flops_per_token: FLOPs for one token, as the top of this file counts them.
+        ffn_flops_per_token: the part of flops_per_token that FFNs take.
+        read_parameters: parameters read to decode one token.
+        ffn_read_parameters: the part of read_parameters that FFNs take.
     """
 
     model_type: str
@@ -127,15 +126,18 @@ class Inspection:
         return self.ffn_read_parameters / self.read_parameters
 
     def speed_limit(self, active_fraction: float) -> SpeedLimit:
-        """The bound on the speed-up when only `active_fraction` of each FFN runs and choosing costs nothing.
+        """The bound on the speed-up if only `active_fraction` of each FFN runs and the router costs nothing.
+
+        Args:
+            active_fraction: (S + K) / E of a layout, 0 to 1.
 
         Raises:
             FactorMixError: `active_fraction` is outside 0 to 1.
         """
         if not 0.0 <= active_fraction <= 1.0:
             raise FactorMixError(
-                f"active_fraction {active_fraction!r} is not allowed; it is the share of neurons that run, 0 to 1, "
-                "(S + K) / E of a layout: S4A4E16 gives 0.5."
+                f"active_fraction {active_fraction!r} is not allowed; it is the share of neurons that run, 0 to 1. "
+                "A layout gives (S + K) / E: for S4A4E16 it is 0.5."
             )
         saved = 1.0 - active_fraction
         return SpeedLimit(
@@ -145,7 +147,7 @@ class Inspection:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, the shares included, as plain values ready for JSON."""
+        """All fields and the three shares as plain values, ready for JSON."""
         shares = {name: getattr(self, name) for name in ("parameter_share", "flops_share", "read_share")}
         return {**asdict(self), **shares}
 
@@ -155,15 +157,15 @@ def inspect_model(
 ) -> Inspection:
     """Count what the FFNs of a model cost, without loading weights.
 
+    The model's class is the one named in ``config.architectures``. If the config names none, the base model without a
+    head is counted, and `Inspection.model_class` says so.
+
     Args:
         source: a directory or hub name (only its config is read), a config, or a dense model.
-        revision: branch, tag or commit, for a hub name.
-
-    The class is the one named in ``config.architectures``; a config that names none is built as the base model,
-    without a head, and the report says so in `Inspection.model_class`.
+        revision: branch, tag or commit of a hub name.
 
     Raises:
-        FactorMixError: no readable config at `source`, or a model whose FFNs are unknown (see `find_sites`).
+        FactorMixError: there is no readable config at `source`, or the model's FFNs are unknown (see `find_sites`).
     """
     if isinstance(source, PreTrainedModel):
         return _count(source)
@@ -172,7 +174,7 @@ def inspect_model(
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config on the meta device: every shape, no weights."""
+    """The model of a config on the meta device. It has every shape but no weights."""
     with torch.device("meta"):
         return cast(PreTrainedModel, _model_class(config)(config))
 
@@ -187,7 +189,7 @@ def _config(source: str | os.PathLike[str], revision: str | None) -> PreTrainedC
 
 
 def _model_class(config: PreTrainedConfig) -> Any:
-    """The class named in the config when it is a model of transformers, else the base model's Auto factory."""
+    """The class that the config names if transformers has it, else the Auto class of base models."""
     for name in config.architectures or ():
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
@@ -230,7 +232,7 @@ def _count(model: PreTrainedModel) -> Inspection:
 
 
 def _crossings(name: str, sites: list[FFNSite]) -> int:
-    """How many times a token crosses this module: a layer that is shared runs whole, attention and all."""
+    """How many times a token crosses this module. A shared layer runs as a whole, its attention included."""
     return next((site.use_count for site in sites if site.use_count > 1 and f"{name}.".startswith(f"{site.at}.")), 1)
 
 

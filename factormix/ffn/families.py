@@ -26,7 +26,7 @@ Stack = Literal["decoder", "encoder"]
 
 @dataclass(frozen=True)
 class FFNPaths:
-    """One way in which a family lays out its FFN; the fields are explained at the top of this file."""
+    """Where one kind of layer keeps its FFN. The top of this file explains the fields."""
 
     at: str
     up: str
@@ -36,7 +36,7 @@ class FFNPaths:
     fused: bool = False
     kind: Kind = "module"
     stack: Stack = "decoder"
-    grouped: bool = False  # the first `*` is one of config.num_hidden_groups groups of layers that share weights
+    grouped: bool = False  # True: the first `*` counts config.num_hidden_groups groups of layers that share weights
 
     @property
     def gated(self) -> bool:
@@ -51,9 +51,11 @@ class FFNPaths:
 
 @dataclass(frozen=True)
 class Family:
-    """Where the FFNs of one ``model_type`` are: entries tried in order at each place.
+    """Where the FFNs of one ``model_type`` are.
 
-    ``aside`` names top-level towers that text never crosses; their matrix products are not counted per token.
+    Attributes:
+        paths: the entries; at each module the first whose parts all exist applies.
+        aside: top-level towers that text never crosses. Their matrix products are not counted per token.
     """
 
     paths: tuple[FFNPaths, ...]

@@ -19,7 +19,8 @@ from factormix.run.errors import FactorMixError
 
 Activation = Callable[[Tensor], Tensor]
 
-# Searched in this order when the config does not say, most usual first. Names with trainable parameters are left out.
+# Tried in this order when the config does not name the activation, most usual first. Activations with trainable
+# parameters are not listed, because a name alone does not say their values.
 NAMED_ACTIVATIONS = (
     "silu gelu gelu_new gelu_pytorch_tanh relu quick_gelu relu2 gelu_fast gelu_python gelu_python_tanh gelu_accurate "
     "gelu_10 relu6 tanh sigmoid mish linear laplace leaky_relu hardswish"
@@ -29,8 +30,10 @@ CONFIG_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "dens
 
 @dataclass
 class FFNWeights:
-    """The weights of one FFN, rows are neurons. Each tensor is a detached view of the model's own storage, not a copy:
-    writing into it in place changes the model.
+    """The weights of one FFN; each row is one neuron.
+
+    Every tensor is a detached view of the model's own storage, not a copy, so writing into it changes the model. Its
+    dtype is the model's.
 
     Attributes:
         gate: (I, H), or None for a plain FFN.
@@ -48,11 +51,11 @@ class FFNWeights:
     down_bias: Tensor | None = None
 
     def stacked(self) -> tuple[Tensor, ...]:
-        """What makes the neurons, in the order of packed weights: gate and up, or up alone, (I, H) each."""
+        """The input weights in the order in which experts pack them: gate and up, or up alone, each (I, H)."""
         return (self.up,) if self.gate is None else (self.gate, self.up)
 
     def stacked_biases(self) -> tuple[Tensor, ...] | None:
-        """The same of their biases, (I,) each: zeros where only the other has one, None where neither has."""
+        """The biases of `stacked`, each (I,). A missing one is zeros if the other exists; None if neither does."""
         biases = (self.up_bias,) if self.gate is None else (self.gate_bias, self.up_bias)
         if all(bias is None for bias in biases):
             return None
@@ -74,8 +77,13 @@ class FFNWeights:
 class DenseFFN(nn.Module):
     """A plain FFN as ONE module, ``down(act(up(x)))``: x (..., H) -> (..., H), built from the family's own parts.
 
-    `isolate` puts it where a family spreads its FFN over the layer. It holds no dropout: what such a family drops, it
-    drops outside, after down.
+    `isolate` puts it where a family spreads its FFN over the layer. It holds no dropout, because such families apply
+    dropout outside of the FFN, after down.
+
+    Args:
+        up: maps (..., H) to (..., I).
+        act: the activation, (..., I) -> (..., I).
+        down: maps (..., I) to (..., H).
     """
 
     def __init__(self, up: nn.Module, act: Activation, down: nn.Module) -> None:
@@ -97,7 +105,7 @@ class FFNSite:
         index: position among the model's sites, front to back.
         at: dotted path of the module that holds the parts named by `paths`.
         paths: the family's table entry.
-        layers: the layers, counted from 0 within `stack`, that run this FFN: one, or several where weights are shared.
+        layers: the layers that run this FFN, counted from 0 within `stack`. There are several where layers share it.
         hidden: H.
         inner: I.
         activation: a name for ``transformers.activations.ACT2FN``.
@@ -117,7 +125,7 @@ class FFNSite:
 
     @property
     def name(self) -> str:
-        """Dotted path where the ONE FFN module stands (after `isolate`)."""
+        """Dotted path of the ONE FFN module after `isolate`."""
         return self.at if self.kind == "module" else f"{self.at}.{self.paths.up}"
 
     @property
@@ -142,7 +150,7 @@ class FFNSite:
 
     @property
     def matrix_parameters(self) -> int:
-        """Number of weights that multiply: 3 H I when gated, else 2 H I."""
+        """Number of weights in the FFN's matrices: 3 H I when gated, else 2 H I."""
         return (3 if self.gated else 2) * self.hidden * self.inner
 
     @property
@@ -156,7 +164,7 @@ class FFNSite:
 
 
 def rows(linear: nn.Module, where: str) -> Tensor:
-    """The weight of a Linear or Conv1D as a detached (out, in) view.
+    """The weight of a Linear or Conv1D as a detached (out, in) view, in the model's dtype.
 
     Raises:
         FactorMixError: the module is neither, or its weight is packed (quantised).
@@ -178,9 +186,10 @@ def bias_of(linear: nn.Module) -> Tensor | None:
 
 
 def name_activation(act: object, config: object, where: str) -> str:
-    """A name under which ``ACT2FN`` gives a function equal to `act`: the config's own word first, then the usual ones.
+    """The name under which ``ACT2FN`` holds a function equal to `act`.
 
-    Functions are compared by value, bit for bit, on [-12, 12] (wide enough for relu6 and the clipped gelu_10).
+    The config's own name is tried first, then the usual ones. Two functions are equal if they agree bit for bit on
+    [-12, 12], because relu6 and the clipped gelu_10 differ from the others only that far out.
 
     Raises:
         FactorMixError: `act` has trainable parameters, or equals no named function.

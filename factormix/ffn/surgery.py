@@ -1,13 +1,13 @@
-"""Find the FFNs of a model, make each ONE module, read its weights, swap it: nobody above this file knows a family.
+"""Find the FFNs of a model, make each ONE module, read its weights, swap it. No code above this file knows a family.
 
     sites = find_sites(model)                  # front to back, on real or meta device
     for site in sites:
-        isolate(model, site)                   # bit-equal; nothing to do where the FFN is a module already
+        isolate(model, site)                   # outputs stay bit-equal; does nothing where the FFN is one module
         sparse = build(weights(model, site))   # any module (..., H) -> (..., H)
-        dense = swap(model, site, sparse)      # the old module comes back
+        dense = swap(model, site, sparse)      # returns the old module
 
-An FFN that is swapped in has no dropout of the old one: gpt2, distilbert, starcoder2, T5 and ModernBERT drop inside the
-module that is replaced. BERT-like models, OPT and ALBERT drop after it, and go on doing so.
+gpt2, distilbert, starcoder2, T5 and ModernBERT apply dropout inside the FFN module, so a swap removes that dropout.
+BERT-like models, OPT and ALBERT apply it after the FFN, so theirs stays.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def find_sites(model: nn.Module, layers: Sequence[int] | None = None) -> list[FFNSite]:
-    """List the FFNs of a dense Hugging Face model, front to back. Reads no weight values: a meta model will do.
+    """List the FFNs of a dense Hugging Face model, front to back.
 
-    The model may have been isolated already, but no FFN may have been replaced.
+    It reads shapes but no weight values, so a model on the meta device is enough. The FFNs may have been isolated
+    already, but none may have been replaced.
 
     Args:
         model: base model or any head class of a family in `FAMILIES`.
-        layers: keep the sites of these layers only, counted from 0 within a stack; an encoder-decoder keeps them in
-            both stacks. An FFN shared by several layers (ALBERT) is kept only with all of them.
+        layers: the layers whose sites are returned, counted from 0 within a stack. An encoder-decoder keeps them in
+            both stacks. Layers that share one FFN (ALBERT) can only be chosen together. None returns all sites.
 
     Raises:
-        FactorMixError: unknown family, an FFN not where the table says, an activation without a name, or a layer
-            that does not exist.
+        FactorMixError: the family is unknown, an FFN is not where the table says, an activation has no name, or a
+            layer does not exist.
     """
     config = getattr(model, "config", None)
     model_type = str(getattr(config, "model_type", type(model).__name__))
@@ -68,11 +69,18 @@ def find_sites(model: nn.Module, layers: Sequence[int] | None = None) -> list[FF
 
 
 def isolate(model: nn.Module, site: FFNSite) -> nn.Module:
-    """Make the FFN at `site` ONE module and return it. Bit-equal, and a second call changes nothing.
+    """Make the FFN at `site` ONE module and return it. Outputs stay bit-equal, and a second call changes nothing.
 
-    Where the family spreads the FFN over the layer, a `DenseFFN` with the original parts takes the up projection's
-    slot, and nn.Identity the slots of the activation and the down projection, on this layer's instance only.
-    Parameter names change with it ("intermediate.dense.weight" becomes "intermediate.dense.up.weight").
+    Where a family spreads the FFN over its layer, a `DenseFFN` with the original parts replaces the up projection.
+    nn.Identity replaces the activation and the down projection, on this layer's instance only. This changes parameter
+    names: "intermediate.dense.weight" becomes "intermediate.dense.up.weight".
+
+    Args:
+        model: changed in place.
+        site: one of its sites, from `find_sites`.
+
+    Returns:
+        The module, (..., H) -> (..., H).
     """
     if not _is_isolated(model, site):
         paths, at = site.paths, model.get_submodule(site.at)
@@ -84,10 +92,10 @@ def isolate(model: nn.Module, site: FFNSite) -> nn.Module:
 
 
 def get(model: nn.Module, site: FFNSite) -> nn.Module:
-    """The one module (..., H) -> (..., H) that stands at `site`: dense, or whatever was swapped in.
+    """The one module (..., H) -> (..., H) at `site`: the dense FFN, or the module that was swapped in.
 
     Raises:
-        FactorMixError: the FFN is still spread over its layer; `isolate` it first.
+        FactorMixError: the FFN is still spread over its layer, so `isolate` must be called first.
     """
     if not _is_isolated(model, site):
         raise FactorMixError(f"the FFN of {site.at} is still spread over its layer: call isolate(model, site) first.")
@@ -95,9 +103,15 @@ def get(model: nn.Module, site: FFNSite) -> nn.Module:
 
 
 def swap(model: nn.Module, site: FFNSite, module: nn.Module) -> nn.Module:
-    """Put `module`, (..., H) -> (..., H), where the FFN is, and return what stood there; isolates first if needed.
+    """Replace the FFN at `site` by `module` and return the module that was there.
 
-    Nothing of the old FFN runs any more, its dropout included. Works on the meta device.
+    It isolates the FFN first if needed. No part of the old FFN runs any more, its dropout included. It works on the
+    meta device too.
+
+    Args:
+        model: changed in place.
+        site: one of its sites.
+        module: any module (..., H) -> (..., H).
     """
     old = isolate(model, site)
     _assign(model, site.name, module)
@@ -105,10 +119,13 @@ def swap(model: nn.Module, site: FFNSite, module: nn.Module) -> nn.Module:
 
 
 def weights(model: nn.Module, site: FFNSite) -> FFNWeights:
-    """The weights of the dense FFN at `site`, before or after `isolate`, as views that share the model's storage.
+    """The weights of the dense FFN at `site`, before or after `isolate`.
+
+    Returns:
+        Views (I, H) and (I,) that share the model's storage and dtype, see `FFNWeights`.
 
     Raises:
-        FactorMixError: the FFN was replaced by a module that is not the dense one, or a weight is quantised.
+        FactorMixError: the FFN is no longer the dense one, or a weight is quantised.
     """
     gate, up, down = _linears(model, site.at, site.paths)
     up_rows, up_bias = rows(up, site.name), bias_of(up)  # (I, H), or (2I, H) when fused
@@ -134,7 +151,10 @@ def weights(model: nn.Module, site: FFNSite) -> FFNWeights:
 
 
 def copy_structure(model: M) -> M:
-    """The same modules anew around the same tensors: swapping an FFN of the copy leaves the original as it is."""
+    """A copy of the model with new modules around the same tensors.
+
+    Swapping an FFN of the copy leaves the original unchanged. Writing into a tensor changes both.
+    """
     shared = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, shared)  # type: ignore[arg-type]
 
@@ -143,18 +163,18 @@ def dense_linears(model: nn.Module, site: FFNSite) -> tuple[nn.Module | None, nn
     """The FFN's own modules (gate or None, up, down), Linear or Conv1D, before or after `isolate`.
 
     Raises:
-        FactorMixError: the FFN was replaced by a module that is not the dense one.
+        FactorMixError: the FFN is no longer the dense one.
     """
     return _linears(model, site.at, site.paths)
 
 
 def _pattern(at: str) -> re.Pattern[str]:
-    """A pattern of the table as a regular expression for the end of a dotted name; `*` captures an index."""
+    """Turn a pattern of the table into a regular expression for the end of a dotted name; `*` captures an index."""
     return re.compile(r"(?:^|\.)" + re.escape(at).replace(r"\*", r"(\d+)") + "$")
 
 
 def _part(at: nn.Module, path: str) -> object:
-    """The attribute at a dotted path below `at` (an activation may be a plain function), or None."""
+    """The attribute at a dotted path below `at`, or None. It may be a plain function, as some activations are."""
     found: object = at
     for word in path.split("."):
         found = getattr(found, word, None)
@@ -237,11 +257,11 @@ def _read(model: nn.Module, name: str, paths: FFNPaths, layers: tuple[int, ...],
 
 
 def _layers(paths: FFNPaths, index: int, config: object) -> tuple[int, ...]:
-    """The layers that run the FFN found under the first index of the pattern."""
+    """The layers that run an FFN; `index` is the first index in its dotted name."""
     if not paths.grouped:
         return (index,)
     total, groups = int(getattr(config, "num_hidden_layers")), int(getattr(config, "num_hidden_groups"))  # noqa: B009
-    return tuple(layer for layer in range(total) if int(layer / (total / groups)) == index)  # as the family's forward
+    return tuple(layer for layer in range(total) if int(layer / (total / groups)) == index)  # as ALBERT's forward
 
 
 def _select(sites: list[FFNSite], layers: Sequence[int]) -> list[FFNSite]:
@@ -264,7 +284,7 @@ def _select(sites: list[FFNSite], layers: Sequence[int]) -> list[FFNSite]:
 
 
 def _not_found(model: nn.Module, model_type: str, wanted: str) -> str:
-    """The message for a family that is not in the table, or not as the table says."""
+    """The message for a family that is not in the table, or whose model differs from the table."""
     seen = _candidates(model)
     pairs = "; ".join(seen[:6]) if seen else "none"
     return (
@@ -277,7 +297,7 @@ def _not_found(model: nn.Module, model_type: str, wanted: str) -> str:
 
 
 def _candidates(model: nn.Module) -> list[str]:
-    """Pairs of Linears, widening and narrowing back within one block, as text; indices are written `*`."""
+    """Pairs of Linears of one block, as text: the first widens, the second narrows back. Indices are written `*`."""
     shapes: dict[str, tuple[int, int]] = {}  # generic name -> (in, out)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):

@@ -1,7 +1,7 @@
-"""Append neurons to a dense FFN, in place: y gains their outputs, and stock transformers can hold the result. Or cut it
-to fewer neurons.
+"""Append neurons to a dense FFN in place, or cut it to fewer neurons.
 
-A config says one inner width for all layers, so every FFN is widened alike; zero neurons fill up what has none to add.
+The FFN's output gains the outputs of the appended neurons, and stock transformers can load the result. A config has one
+inner width for all layers, so all FFNs are made equally wide: an FFN with too few neurons to append gets zero neurons.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ INNER_FIELDS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim")
 
 @torch.no_grad()
 def widen(model: nn.Module, site: FFNSite, inner: int, extra: FFNWeights | None = None) -> FFNSite:
-    """Make the dense FFN at `site` `inner` neurons wide: its own, then `extra`'s, then zero ones.
+    """Make the dense FFN at `site` `inner` neurons wide: its own neurons, then those of `extra`, then zero neurons.
 
     Args:
         model: changed in place.
         site: one of its FFNs, dense.
-        inner: the new I.
-        extra: neurons to append, rows (r, H); its down_bias (H,) is added to the FFN's. Cast to the FFN's dtype.
+        inner: the new I, at least the site's I plus the r neurons of `extra`.
+        extra: neurons to append, each weight (r, H) and each bias (r,). Its down_bias (H,) is added to the FFN's own.
+            All are cast to the FFN's dtype. None appends zero neurons only.
 
     Returns:
         The site with its new width.
 
     Raises:
-        FactorMixError: the FFN is not dense any more, or has no bias where `extra` has one.
+        FactorMixError: the FFN is no longer dense, or it has no bias where `extra` has one.
     """
     old = weights(model, site)
     room = inner - site.inner
@@ -42,7 +43,7 @@ def widen(model: nn.Module, site: FFNSite, inner: int, extra: FFNWeights | None 
     def grown(own: Tensor | None, added: Tensor | None, what: str) -> Tensor | None:
         if own is None:
             if added is not None:
-                raise FactorMixError(f"the FFN at {site.name} has no {what}; the neurons to append have one.")
+                raise FactorMixError(f"the FFN at {site.name} has no {what}, but the neurons to append have one.")
             return None
         added = own.new_zeros(0, *own.shape[1:]) if added is None else added.to(own)
         return torch.cat([own, added, own.new_zeros(room - len(added), *own.shape[1:])])  # (I', ...)
@@ -55,7 +56,7 @@ def widen(model: nn.Module, site: FFNSite, inner: int, extra: FFNWeights | None 
     down_bias = old.down_bias
     if more.down_bias is not None:
         if down_bias is None:
-            raise FactorMixError(f"the FFN at {site.name} has no output bias; the neurons to append have one.")
+            raise FactorMixError(f"the FFN at {site.name} has no output bias, but the neurons to append have one.")
         down_bias = down_bias + more.down_bias.to(down_bias)
     assert new_up is not None and new_down is not None
     _write(model, site, FFNWeights(new_up, new_down, new_gate, up_bias, gate_bias, down_bias))
@@ -64,13 +65,18 @@ def widen(model: nn.Module, site: FFNSite, inner: int, extra: FFNWeights | None 
 
 @torch.no_grad()
 def narrow(model: nn.Module, site: FFNSite, inner: int) -> FFNSite:
-    """Keep the first `inner` neurons of the dense FFN at `site`, in place; what it computes changes.
+    """Keep only the first `inner` neurons of the dense FFN at `site`. This changes the FFN's output.
+
+    Args:
+        model: changed in place.
+        site: one of its FFNs, dense.
+        inner: the new I, at most the site's.
 
     Returns:
         The site with its new width.
 
     Raises:
-        FactorMixError: the FFN is not dense any more.
+        FactorMixError: the FFN is no longer dense.
     """
     old = weights(model, site)
     gate, gate_bias, up_bias = (None if t is None else t[:inner] for t in (old.gate, old.gate_bias, old.up_bias))
@@ -79,10 +85,15 @@ def narrow(model: nn.Module, site: FFNSite, inner: int) -> FFNSite:
 
 
 def set_inner(model: PreTrainedModel, old: int, new: int) -> None:
-    """Write the new inner width into the config, and check that a stock model of that config has it everywhere.
+    """Write the new inner width into the model's config, and check that a stock model of that config has it everywhere.
+
+    Args:
+        model: its config is changed in place.
+        old: I before.
+        new: I of every FFN now.
 
     Raises:
-        FactorMixError: no field of the config holds the width, or a model built from it has another.
+        FactorMixError: no field of the config holds the width, or a model built from the config has another width.
     """
     config = model.config.get_text_config()
     for name in INNER_FIELDS:
@@ -102,14 +113,13 @@ def set_inner(model: PreTrainedModel, old: int, new: int) -> None:
 
 
 def _write(model: nn.Module, site: FFNSite, new: FFNWeights) -> None:
-    """Give the dense FFN at `site` other weights, of another width."""
+    """Give the dense FFN at `site` new weights, of any width."""
     gate, up, down = dense_linears(model, site)
     if site.paths.fused:
         assert new.gate is not None
-        both = (
-            None if new.up_bias is None or new.gate_bias is None else torch.cat([new.gate_bias, new.up_bias])
-        )  # (2I',)
-        _put(up, torch.cat([new.gate, new.up]), both)  # (2I', H)
+        biased = new.up_bias is not None and new.gate_bias is not None
+        bias = torch.cat([new.gate_bias, new.up_bias]) if biased else None  # type: ignore[list-item]  # (2I',)
+        _put(up, torch.cat([new.gate, new.up]), bias)  # (2I', H)
     else:
         _put(up, new.up, new.up_bias)
         if gate is not None and new.gate is not None:
@@ -118,7 +128,7 @@ def _write(model: nn.Module, site: FFNSite, new: FFNWeights) -> None:
 
 
 def _put(linear: nn.Module, rows: Tensor, bias: Tensor | None) -> None:
-    """Give a Linear or Conv1D the weight `rows` (out, in)."""
+    """Give a Linear or Conv1D the weight `rows` (out, in) and the bias (out,); a bias of None keeps the old one."""
     out, into = rows.shape
     trains = linear.weight.requires_grad  # type: ignore[union-attr]
     stored = rows.T if isinstance(linear, Conv1D) else rows  # Conv1D holds (in, out)
