@@ -1,4 +1,4 @@
-"""Looking at routing: which experts fired for each token, how much each domain weighed, on one page."""
+"""Show routing on one page: which experts ran for each token, and how much each domain weighed."""
 
 from factormix.show.page import write_page
 from factormix.show.summary import summarise

@@ -1,11 +1,13 @@
-"""Which experts serve which text: the mutual information of expert and text at every site, against chance.
+"""Measure which experts serve which text: the mutual information of expert and text at every site, against chance.
 
     I(E; D) = sum over experts e and texts d of p(e, d) log2( p(e, d) / (p(e) p(d)) )
 
-p(e, d) is the share of all choices (a token makes K) that fall on expert e in text d. A finite sample has some
-information by chance, the more so since the tokens of a document are alike; so the texts' names are shuffled among
-whole documents, and I is computed again. What stands above that is real. Where a text has fewer than `DOCUMENTS`,
-pieces of `PIECE` tokens are shuffled instead, which takes what is peculiar to one document for peculiar to its text.
+p(e, d) is the share of all choices that fall on expert e in text d; each token makes K choices. A finite sample shows
+some information by chance, and more than usual because the tokens of one document are alike. So I is computed again
+with the texts' names shuffled among whole documents: only information above that level is real.
+
+If a text has fewer than `DOCUMENTS` documents, pieces of `PIECE` tokens are shuffled instead. This cannot tell a
+property of one document from a property of its text.
 """
 
 from __future__ import annotations
@@ -19,21 +21,21 @@ from torch import Tensor
 
 from factormix.show.trace import SiteTrace, Trace
 
-DOCUMENTS = 4  # of every text, from which on whole documents are shuffled
-PIECE = 64  # tokens that are shuffled together, at most, where there are fewer
-SHUFFLES = 200
+DOCUMENTS = 4  # whole documents are shuffled if every text has at least this many
+PIECE = 64  # tokens in one shuffled piece, at most, if a text has fewer documents
+SHUFFLES = 200  # how often the names are shuffled
 
 
 @dataclass(frozen=True)
 class SiteInformation:
-    """Of one site.
+    """The information at one site.
 
     Attributes:
-        name: of the site.
-        bits: I(E; D).
-        shuffled: its mean under shuffled names.
-        p: share of shuffles with as much information or more, (1 + count) / (1 + shuffles).
-        lift: (D, R) p(e | d) / p(e): above 1 where an expert fires more for a text than for all.
+        name: the site's name.
+        bits: I(E; D), in bits.
+        shuffled: the mean of I(E; D) over the shuffles, in bits.
+        p: share of shuffles with at least as much information, (1 + count) / (1 + shuffles).
+        lift: (D, R) float32, p(e | d) / p(e): above 1 if expert e runs more often for text d than for all texts.
     """
 
     name: str
@@ -49,7 +51,16 @@ class SiteInformation:
 
 
 def expert_information(found: Trace, shuffles: int = SHUFFLES, seed: int = 0) -> dict[str, SiteInformation]:
-    """By the site's name; empty when there is only one text, or no experts."""
+    """The information at every site with experts, by the site's name.
+
+    Args:
+        found: what `trace` returned.
+        shuffles: how often the texts' names are shuffled.
+        seed: seed of the shuffles.
+
+    Returns:
+        An empty dict if there is only one text, or no site with experts.
+    """
     texts = list(dict.fromkeys(found.texts))
     if len(texts) < 2:
         return {}
@@ -59,11 +70,11 @@ def expert_information(found: Trace, shuffles: int = SHUFFLES, seed: int = 0) ->
     generator = torch.Generator().manual_seed(seed)
     owners = torch.stack([owner[torch.randperm(len(owner), generator=generator)] for _ in range(shuffles)])  # (Q, P)
     sites = [site for site in found.sites if site.kind == "experts"]
-    return {site.name: _of_site(site, piece, owner, owners, len(texts)) for site in sites}
+    return {site.name: _site_information(site, piece, owner, owners, len(texts)) for site in sites}
 
 
 def mutual_information(counts: Tensor) -> Tensor:
-    """Bits between the two last dimensions of counts (..., D, R) -> (...)."""
+    """Mutual information, in bits, of the two last dimensions: counts (..., D, R) -> (...), float64."""
     joint = counts.double() / counts.sum((-2, -1), keepdim=True)
     apart = joint.sum(-1, keepdim=True) * joint.sum(-2, keepdim=True)  # (..., D, R)
     return torch.special.xlogy(joint, joint / apart.clamp_min(1e-300)).sum((-2, -1)) / torch.log(torch.tensor(2.0))
@@ -72,18 +83,18 @@ def mutual_information(counts: Tensor) -> Tensor:
 def serving(
     found: dict[str, SiteInformation], texts: Sequence[str], most: int = 8
 ) -> list[tuple[str, str, int, float]]:
-    """The strongest ties (site, text, expert, lift), at most `most`, one a site, of sites above chance (p < 0.05)."""
-    ties = []
-    for name, of in found.items():
-        if of.p < 0.05:
-            at = int(of.lift.argmax())
-            text, expert = divmod(at, of.lift.shape[1])
-            ties.append((name, texts[text], expert, float(of.lift.flatten()[at])))
-    return sorted(ties, key=lambda tie: -tie[3])[:most]
+    """The strongest pairs (site, text, expert, lift): one per site, at most `most`, from sites with p < 0.05."""
+    pairs = []
+    for name, information in found.items():
+        if information.p < 0.05:
+            largest = int(information.lift.argmax())
+            text, expert = divmod(largest, information.lift.shape[1])
+            pairs.append((name, texts[text], expert, float(information.lift.flatten()[largest])))
+    return sorted(pairs, key=lambda pair: -pair[3])[:most]
 
 
 def _pieces(document: Tensor, of_document: Tensor) -> tuple[Tensor, Tensor]:
-    """Which piece each token is in (T,), and the text of each piece (P,): documents, or parts of them."""
+    """The piece each token is in (T,), and the text of each piece (P,). A piece is a document or a part of one."""
     read = document.unique()
     size = len(document) if bool((of_document[read].bincount() >= DOCUMENTS).all()) else PIECE
     piece = torch.zeros_like(document)
@@ -95,11 +106,11 @@ def _pieces(document: Tensor, of_document: Tensor) -> tuple[Tensor, Tensor]:
     return piece, torch.tensor(owner)
 
 
-def _of_site(site: SiteTrace, piece: Tensor, owner: Tensor, owners: Tensor, texts: int) -> SiteInformation:
+def _site_information(site: SiteTrace, piece: Tensor, owner: Tensor, owners: Tensor, texts: int) -> SiteInformation:
     by_piece = torch.zeros(len(owner), site.weights.shape[1]).index_add_(0, piece, site.weights)  # (P, R)
     counts = _counts(by_piece, owner, texts)  # (D, R)
     bits = float(mutual_information(counts))
-    by_chance = mutual_information(torch.stack([_counts(by_piece, each, texts) for each in owners]))  # (Q,)
+    by_chance = mutual_information(torch.stack([_counts(by_piece, shuffled, texts) for shuffled in owners]))  # (Q,)
     given = counts / counts.sum(1, keepdim=True).clamp_min(1e-30)  # (D, R)
     lift = given / (counts.sum(0) / counts.sum()).clamp_min(1e-30)
     p = (1 + int((by_chance >= bits).sum())) / (1 + len(by_chance))

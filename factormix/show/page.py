@@ -1,8 +1,8 @@
-"""The page: one HTML file with everything in it, which asks the network for nothing.
+"""Write the page: one HTML file that contains everything and loads nothing from the network.
 
-The template's three files (page.html, page.css, page.js) lie in template/. The data stand in the page as JSON in which
-no character can end the script element, and page.js writes text as text only; a Content-Security-Policy forbids the
-rest. Router scores and domain weights are stored as 16-bit steps between a site's lowest and highest value.
+The template's three files (page.html, page.css, page.js) are in template/. The data are embedded as JSON in which no
+character can end the script element. page.js writes text only as text, and a Content-Security-Policy forbids all else.
+Router scores and domain weights are stored as 16-bit steps between a site's lowest and highest value.
 """
 
 from __future__ import annotations
@@ -23,15 +23,20 @@ from factormix.show.pieces import TOKEN_KINDS, Token
 from factormix.show.summary import mean_of_domains, summarise
 from factormix.show.trace import SiteTrace, Trace
 
-STEPS = 65_535  # of a 16-bit number
-PART_MARK = "▪"  # the later tokens of one character
+STEPS = 65_535  # the largest 16-bit number
+PART_MARK = "▪"  # shown for the later tokens of one character
 
 
 def check_page(path: Path, overwrite: bool = False) -> None:
-    """Refuse a page that could not be written, or would replace something, before the model runs.
+    """Refuse, before the model runs, a page that cannot be written or would replace a file.
+
+    Args:
+        path: the page to write.
+        overwrite: whether an existing file may be replaced.
 
     Raises:
-        FactorMixError: another suffix than .html, a directory, an existing file without `overwrite`, no such folder.
+        FactorMixError: the suffix is not .html or .htm, the path is a directory, its folder does not exist, or the
+            file exists and `overwrite` is False.
     """
     if path.suffix.lower() not in (".html", ".htm"):
         raise FactorMixError(f"page {str(path)!r} ends in {path.suffix!r}; allowed: .html and .htm.")
@@ -39,16 +44,16 @@ def check_page(path: Path, overwrite: bool = False) -> None:
 
 
 def write_page(found: Trace, path: str | Path, title: str = "Routing", overwrite: bool = False) -> None:
-    """Write the page, whole or not at all.
+    """Write the page. If writing fails, no partial file is left.
 
     Args:
-        found: what `trace` gave.
-        path: an .html file.
+        found: what `trace` returned.
+        path: the .html or .htm file to write.
         title: the heading, as plain text.
         overwrite: replace an existing file.
 
     Raises:
-        FactorMixError: see `check_page`.
+        FactorMixError: see `check_page`; or a site holds NaN or infinity.
     """
     check_page(Path(path), overwrite)
     with atomic_path(path) as temporary:
@@ -60,18 +65,18 @@ def render(found: Trace, title: str = "Routing") -> str:
     folder = resources.files("factormix.show").joinpath("template")
     parts = {name: folder.joinpath(f"page.{name}").read_text(encoding="utf-8") for name in ("html", "css", "js")}
     fill = {"title": html.escape(title), "css": parts["css"], "js": parts["js"], "data": embed(payload(found, title))}
-    # One pass: a text that holds {{data}} itself is not filled again.
+    # All places are filled in one pass, so that a text which contains {{data}} is not filled again.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: fill[match[1]], parts["html"])
 
 
 def embed(values: Any) -> str:
-    """JSON in ASCII that cannot end or open an HTML element wherever it stands."""
+    """JSON in ASCII that can neither end nor open an HTML element."""
     text = json.dumps(values, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def payload(found: Trace, title: str) -> dict[str, Any]:
-    """What page.js reads: the summary's numbers, the tokens, and each site's values and choices."""
+    """The data that page.js reads: the summary's numbers, the tokens, and each site's values and choices."""
     numbers = summarise(found)
     everywhere = mean_of_domains(found)
     sites = [{**row, **_values(site)} for row, site in zip(numbers["sites"], found.sites, strict=True)]
@@ -87,7 +92,7 @@ def payload(found: Trace, title: str) -> dict[str, Any]:
 
 
 def _token(token: Token) -> list[Any]:
-    """Piece, gap, mark shown where there is no piece, kind, document, id."""
+    """One token as [piece, gap, mark, kind, document, id]. The mark is shown if the piece is empty."""
     mark = "" if token.piece else PART_MARK if token.kind == "part of a character" else token.name
     return [token.piece, token.gap, mark, TOKEN_KINDS.index(token.kind), token.document, token.id]
 
@@ -97,8 +102,8 @@ def _values(site: SiteTrace) -> dict[str, Any]:
     values = site.weights if site.scores is None else site.scores  # (T, C)
     if not bool(values.isfinite().all()):
         raise FactorMixError(
-            f"{site.path} gave a token NaN or infinity: the model's weights or activations hold them. Check the "
-            "checkpoint, or use --dtype float32."
+            f"{site.path} gave a token NaN or infinity, because the model's weights or activations hold them. Check "
+            "the checkpoint, or use --dtype float32."
         )
     low = float(values.min())
     step = max((float(values.max()) - low) / STEPS, 1e-12)

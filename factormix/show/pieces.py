@@ -1,11 +1,11 @@
-"""Documents to windows of token ids, each token with the piece of the text that it stands for.
+"""Cut documents into windows of tokens, and give each token the piece of text that it stands for.
 
     windows, whole = cut(["Where? Here."], tokenizer, window=512, tokens=512)
-    "".join(token.gap + token.piece for token in windows[0].tokens)      # the text again
+    "".join(token.gap + token.piece for token in windows[0].tokens)      # gives the text again
 
-The pieces come from the tokenizer's offsets, so they are the text as it was written, even where the tokenizer lowers
-case or drops spaces. A character that is cut into several tokens goes with the first of them, and all are marked.
-Every document starts a window of its own, and what the tokenizer puts around a text is put around every window.
+The pieces come from the tokenizer's offsets, so they are the text as it was written, even if the tokenizer lowers case
+or drops spaces. If a character is cut into several tokens, its text goes to the first of them, and all are marked.
+Every document starts a new window, and every window gets the special tokens that the tokenizer puts around a text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from factormix.run.errors import FactorMixError
 
 TokenKind = Literal["word", "word piece", "number", "punctuation", "space", "part of a character", "special"]
 TOKEN_KINDS: tuple[TokenKind, ...] = get_args(TokenKind)
-CHARACTERS_A_TOKEN = 40  # a beginning of this many characters nearly always gives its token; if not, all is read
+CHARACTERS_A_TOKEN = 40  # so many characters nearly always give a token; if they do not, the whole text is tokenised
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Token:
 
     Attributes:
         id: its number in the vocabulary.
-        piece: the text it stands for, "" for a special token and for the later tokens of one character.
-        gap: text between the token before and this one that no token holds.
+        piece: the text it stands for. It is "" for a special token and for the later tokens of one character.
+        gap: text between the previous token and this one that belongs to no token.
         name: the vocabulary's own spelling, such as "[CLS]" or "Ġthe".
-        kind: what it is made of; "word piece" goes on with a word, "word" begins one.
-        document: which of the documents it is from, from 0.
+        kind: one of `TOKEN_KINDS`; "word" begins a word, and "word piece" continues one.
+        document: number of the document it is from, counted from 0.
     """
 
     id: int
@@ -45,7 +45,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Window:
-    """The tokens that the model sees together."""
+    """The tokens that one forward of the model reads together."""
 
     tokens: tuple[Token, ...]
 
@@ -56,31 +56,31 @@ class Window:
 
 
 def cut(texts: Sequence[str], tokenizer: Any, window: int, tokens: int) -> tuple[list[Window], bool]:
-    """Cut documents into windows, from the first on, until there are `tokens` tokens, special ones included.
+    """Cut documents into windows, in order, until there are `tokens` tokens, special tokens included.
 
     Args:
         texts: the documents.
-        tokenizer: a Hugging Face tokenizer. One without offsets (a slow one) gives decoded pieces instead of the text.
-        window: most tokens of a window.
-        tokens: most tokens of all windows together.
+        tokenizer: a Hugging Face tokenizer. A slow one has no offsets, so its pieces are decoded tokens.
+        window: the most tokens of one window.
+        tokens: the most tokens of all windows together.
 
     Returns:
-        The windows, and whether they hold all of the text.
+        The windows, and whether they contain all of the text.
 
     Raises:
-        FactorMixError: `tokens` or `window` leaves no room for text, or no document has a token.
+        FactorMixError: `tokens` or `window` leaves no room for text, or no document gives a token.
     """
     prefix, suffix = around(tokenizer, None)
     special = len(prefix) + len(suffix)
     if min(tokens, window) <= special:
         raise FactorMixError(
-            f"tokens received {tokens}, in windows of {window}; {special} of every window are special tokens, so "
-            f"allowed: at least {special + 1}."
+            f"tokens received {tokens}, in windows of {window}; allowed: at least {special + 1}, because every window "
+            f"has {special} special tokens."
         )
     windows: list[Window] = []
     left, whole = tokens, True
     for number, text in enumerate(texts):
-        body = _read(text, tokenizer, number, left + 1)  # one more shows whether there is more
+        body = _read(text, tokenizer, number, left + 1)  # one token more shows whether text is left over
         while body and left > special:
             room = min(window, left) - special
             part, body = body[:room], body[room:]
@@ -97,7 +97,7 @@ def cut(texts: Sequence[str], tokenizer: Any, window: int, tokens: int) -> tuple
 
 
 def _read(text: str, tokenizer: Any, document: int, wanted: int) -> list[Token]:
-    """The tokens of one document, those beyond `wanted` perhaps left out; no more is tokenised than is needed."""
+    """The first `wanted` tokens of one document, or more. It avoids tokenising all of a long text."""
     beginning = text[: wanted * CHARACTERS_A_TOKEN]
     found = _tokenise(beginning, tokenizer, document)
     if len(found) < wanted and len(beginning) < len(text):
@@ -113,10 +113,10 @@ def _tokenise(text: str, tokenizer: Any, document: int) -> list[Token]:
     if not exact:
         return _decoded(ids, names, tokenizer, document)
     spans: list[tuple[int, int]] = [tuple(span) for span in coded["offset_mapping"]]
-    tokens, end = [], 0  # `end`: all of the text before it is shown
+    tokens, end = [], 0  # the text before `end` belongs to earlier tokens
     for at, (start, stop) in enumerate(spans):
         following = spans[at + 1][0] if at + 1 < len(spans) else len(text)
-        shared = stop > start and (start < end or following < stop)  # with the token before, or the next one
+        shared = stop > start and (start < end or following < stop)  # True: a neighbouring token has the same character
         piece = text[max(start, end) : stop]
         kind = "part of a character" if shared else _kind(piece, text[start - 1 : start])
         tokens.append(Token(ids[at], piece, text[end:start], names[at], kind, document))
@@ -125,7 +125,7 @@ def _tokenise(text: str, tokenizer: Any, document: int) -> list[Token]:
 
 
 def _decoded(ids: list[int], names: list[str], tokenizer: Any, document: int) -> list[Token]:
-    """Pieces by decoding each token alone: what there is without offsets."""
+    """Pieces of a tokenizer without offsets: each token is decoded alone."""
     tokens, before = [], ""
     for number, name in zip(ids, names, strict=True):
         piece = str(tokenizer.decode([number]))
@@ -140,7 +140,7 @@ def _special(number: int, tokenizer: Any, document: int) -> Token:
 
 
 def _kind(piece: str, before: str) -> TokenKind:
-    """What a piece is made of; `before` is the character before it."""
+    """The kind of a piece; `before` is the character before it, or ""."""
     bare = piece.strip()
     if not bare:
         return "space"
@@ -152,5 +152,5 @@ def _kind(piece: str, before: str) -> TokenKind:
 
 
 def renumbered(windows: Sequence[Window], first: int) -> list[Window]:
-    """The same windows, their documents counted from `first`: for joining the windows of several texts."""
+    """The same windows with documents counted from `first`, so that windows of several texts can be joined."""
     return [Window(tuple(replace(t, document=t.document + first) for t in window.tokens)) for window in windows]

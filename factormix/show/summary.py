@@ -1,8 +1,8 @@
-"""The numbers of the page and of `factormix show --json`: loads, entropies, averages by text, document and token kind.
+"""Compute the numbers of the page and of `factormix show --json`: loads, entropies, and means by group of tokens.
 
-For experts a column's mean weight is its load, the share of tokens it fired for; the loads of a site add up to K. For
-domains it is the mean of the gate's weight. Entropy is that of the mean weights scaled to add up to 1, in bits:
-log2 C when all columns are used alike, 0 when one takes everything.
+The groups are texts, documents and kinds of token. An expert's mean weight is its load, the share of tokens for which
+it runs; the loads of a site add up to K. A domain's mean weight is the mean of the gate's weight. The entropy, in bits,
+is that of the mean weights scaled to add up to 1: log2 C if all columns are used alike, 0 if one takes everything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ ALL_SITES = "all sites"
 
 
 def summarise(found: Trace) -> dict[str, Any]:
-    """The JSON of ``factormix show``, as docs/json.md has it."""
+    """The JSON of ``factormix show``, as docs/json.md describes it.
+
+    Args:
+        found: what `trace` returned.
+    """
     groups = _groups(found)
     everywhere = mean_of_domains(found)
     information = expert_information(found)
@@ -32,22 +36,22 @@ def summarise(found: Trace) -> dict[str, Any]:
         "tokens": len(found.tokens),
         "whole": found.whole,
         "groups": {
-            by: [{"name": name, "tokens": int((member == at).sum())} for at, name in enumerate(names)]
+            by: [{"name": name, "tokens": int((member == group).sum())} for group, name in enumerate(names)]
             for by, (names, member) in groups.items()
         },
-        "sites": [_site(site, groups) | {"information": _known(information, site)} for site in found.sites],
+        "sites": [_site(site, groups) | {"information": _to_json(information, site)} for site in found.sites],
         "domains": None if everywhere is None else _site(everywhere, groups),
     }
 
 
-def _known(information: dict[str, SiteInformation], site: SiteTrace) -> dict[str, Any] | None:
+def _to_json(information: dict[str, SiteInformation], site: SiteTrace) -> dict[str, Any] | None:
     return information[site.name].to_dict() if site.name in information else None
 
 
 def mean_of_domains(found: Trace) -> SiteTrace | None:
-    """The mean of all sites' domain weights, token by token, as one more site; None unless all have the same domains.
+    """The mean of all sites' domain weights, token by token, as one more site. None unless all have the same domains.
 
-    Experts have no such mean: expert 3 of one FFN has nothing to do with expert 3 of another.
+    There is no such mean for experts, because expert 3 of one FFN has nothing to do with expert 3 of another.
     """
     gated = [site for site in found.sites if site.kind == "domains"]
     if not gated or len({site.columns for site in gated}) > 1:
@@ -57,13 +61,13 @@ def mean_of_domains(found: Trace) -> SiteTrace | None:
 
 
 def entropy(weights: Tensor) -> float:
-    """Entropy in bits of weights (C,) scaled to add up to 1; 0 where all are 0."""
+    """Entropy, in bits, of weights (C,) scaled to add up to 1. It is 0 if all weights are 0."""
     share = weights.double() / weights.double().sum().clamp_min(1e-300)  # (C,)
-    return float(-torch.special.xlogy(share, share).sum() / math.log(2)) + 0.0  # + 0.0: no "-0.0"
+    return float(-torch.special.xlogy(share, share).sum() / math.log(2)) + 0.0  # adding 0.0 turns -0.0 into 0.0
 
 
 def _groups(found: Trace) -> dict[str, tuple[list[str], Tensor]]:
-    """Names of the groups, and which one each token is in (T,), for each way to group tokens."""
+    """For each way to group tokens: the groups' names, and the group each token is in (T,)."""
     document = torch.tensor([token.document for token in found.tokens])  # (T,)
     texts = list(dict.fromkeys(found.texts))
     of_document = torch.tensor([texts.index(text) for text in found.texts])  # (D,)
@@ -94,8 +98,8 @@ def _site(site: SiteTrace, groups: dict[str, tuple[list[str], Tensor]]) -> dict[
 
 
 def _means(weights: Tensor, member: Tensor, count: int) -> list[list[float] | None]:
-    """Mean weights of each group; None for a document that gave no token."""
-    groups = [weights[member == at] for at in range(count)]  # each (t, C)
+    """Mean weights of each group. None for a group without tokens."""
+    groups = [weights[member == group] for group in range(count)]  # each (t, C)
     return [_rounded(rows.mean(0).tolist()) if len(rows) else None for rows in groups]
 
 

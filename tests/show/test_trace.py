@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from factormix.data.text import Documents, read_documents
-from factormix.nn import SparseFFN
+from factormix.nn import DomainFFN, SparseFFN, sites_of
 from factormix.run.errors import FactorMixError
 from factormix.show.trace import FFN_COLUMN, SiteTrace, record, trace
 from tests.families import tiny_model
 from tests.nn.sparse import sparsify
-from tests.show.tiny import TinyDomainFFN, TinyGate, with_domains
+from tests.show.tiny import domain_ffn, with_domains
 from tests.show.vocabularies import of_words
 
 FAMILIES = ["llama", "llama-classify", "gpt2", "opt", "gemma3", "bert", "bert-base", "roberta-classify", "electra",
@@ -96,24 +96,29 @@ def test_padding_is_left_out(family: str, side: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "softmax"])
+@torch.no_grad()
 def test_domains_are_what_the_gate_said(kind: str) -> None:
     model = with_domains(kind=kind)
+    gated = [module for module in model.modules() if isinstance(module, DomainFFN)]
+    seen: list[Tensor] = []
+    for ffn in gated:
+        ffn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
     found = record(model, ids(2), torch.tensor([[1] * 7, [1] * 5 + [0] * 2]))
-    gated = [module for module in model.modules() if isinstance(module, TinyDomainFFN)]
-    assert len(found) == len(gated) == 2
-    for site, ffn in zip(found, gated, strict=True):
-        of_ffn, weights = ffn.last
+    assert len(found) == len(gated) == len(seen) == 2
+    for site, ffn, x in zip(found, gated, seen, strict=True):
+        logits = x @ ffn.gate.weight.T  # (2, 7, n or n + 1)
+        want = 2 * logits.sigmoid() if kind == "sigmoid" else 3 * logits.softmax(-1)
         assert (site.kind, site.gate, site.scores, site.chosen) == ("domains", kind, None, None)
-        want = weights if of_ffn is None else torch.cat([of_ffn.unsqueeze(-1), weights], -1)  # (2, 7, n or n + 1)
-        assert site.columns == (() if of_ffn is None else (FFN_COLUMN,)) + ("law", "medicine")
-        assert torch.equal(site.weights, want.reshape(14, -1)[:12])
+        assert site.columns == (() if kind == "sigmoid" else (FFN_COLUMN,)) + ("law", "medicine")
+        assert torch.allclose(site.weights, want.reshape(14, -1)[:12], atol=1e-6)
 
 
 def both() -> PreTrainedModel:
     """A sparse llama with domains beside its experts."""
     model = sparse("llama")
-    for index, layer in enumerate(model.model.layers):
-        layer.mlp = TinyDomainFFN(layer.mlp, TinyGate(("law",), "sigmoid", index))
+    for site in sites_of(model):
+        layer = model.model.layers[site.index]
+        layer.mlp = domain_ffn(layer.mlp, site, ("law",))
     return model.eval()
 
 
