@@ -1,1 +1,1 @@
-"""What was gained and lost: perplexity, agreement with the dense model, cost, speed, and the report that shows them."""
+"""Measure what a sparse model gains and loses: perplexity, agreement with the dense model, tasks, cost and speed."""

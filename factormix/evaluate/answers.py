@@ -1,4 +1,4 @@
-"""What the model says: the greedy answer to one prompt, the same way for dense and sparse."""
+"""Decode the greedy answer to one prompt, in the same way for dense and sparse models."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from factormix.run.errors import FactorMixError
 def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, max_new_tokens: int = 64, chat: bool = True) -> str:
     """The continuation of `prompt` by greedy decoding, without special tokens and otherwise unedited.
 
-    Sampling, penalties and other habits of the model's own generation config are left out, so that two models answer
-    by the same rule; its end-of-sequence tokens are kept.
+    The model's own generation config is not used, except for its end-of-sequence tokens. So there is no sampling and no
+    penalty, and two models answer by the same rule.
 
     Args:
         model: a causal language model.
         tokenizer: its tokenizer.
-        prompt: what to answer or continue.
-        max_new_tokens: at most so many tokens; 1 or more.
-        chat: put the prompt in the tokenizer's chat template, where it has one, as a user's message.
+        prompt: the text to answer or continue.
+        max_new_tokens: the most tokens of the answer, at least 1.
+        chat: put the prompt as a user's message into the tokenizer's chat template, if it has one.
 
     Raises:
-        FactorMixError: a model that does not generate, an empty prompt.
+        FactorMixError: the model does not generate, the prompt is empty or gives no token, or `max_new_tokens` is
+            below 1.
     """
     if not getattr(model, "can_generate", lambda: False)():
         raise FactorMixError(f"{type(model).__name__} does not generate text. {REMEDY}")
@@ -36,10 +37,10 @@ def answer(model: PreTrainedModel, tokenizer: Any, prompt: str, max_new_tokens: 
     ids = _encode(tokenizer, prompt, chat).to(next(model.parameters()).device)  # (1, P)
     stop = end_tokens(model, tokenizer)
     out = continued(model, tokenizer, ids, torch.ones_like(ids), max_new_tokens, do_sample=False)
-    said = out[0, ids.shape[1] :].tolist()
-    if said and said[-1] in stop:  # the model's own end need not be special to the tokenizer
-        said.pop()
-    return str(tokenizer.decode(said, skip_special_tokens=True))
+    new_ids = out[0, ids.shape[1] :].tolist()
+    if new_ids and new_ids[-1] in stop:  # the tokenizer need not know the model's end token as a special one
+        new_ids.pop()
+    return str(tokenizer.decode(new_ids, skip_special_tokens=True))
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
@@ -49,7 +50,7 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Tensor:
     if chat and getattr(tokenizer, "chat_template", None):
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]  # the template adds the special tokens
     else:
         ids = tokenizer(prompt)["input_ids"]
     if not ids:

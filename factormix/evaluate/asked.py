@@ -1,9 +1,9 @@
-"""What is asked of a model about a text: which tokens it is to predict, and what it sees of them.
+"""Choose which tokens of a text a model must predict, and which tokens it sees.
 
-    next_tokens(packed)                                   # causal models: every token, by those before it
-    masked_tokens(packed, tokenizer.mask_token_id)        # masked language models: some, hidden, by all others
+    next_tokens(packed)                                   # causal models: every token, from the tokens before it
+    masked_tokens(packed, tokenizer.mask_token_id)        # masked models: some hidden tokens, from all others
 
-Both go to `evaluate.perplexity` and `evaluate.suite` in the place of a packed text.
+`evaluate.perplexity` and `evaluate.suite` take either of them in place of a packed text.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor
 from factormix.data.packing import Packed
 from factormix.run.errors import FactorMixError
 
-MASKED_SHARE = 0.15  # BERT's (arXiv 1810.04805, section 3.1)
+MASKED_SHARE = 0.15  # BERT's share (arXiv 1810.04805, section 3.1)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Tokens to predict.
+    """Tokens to predict, in N windows of L tokens.
 
     Attributes:
-        shown: (N, L) int64, what the model sees.
-        where: (N, L) bool, True where its logits are judged.
-        wanted: (N, L) int64, the token that they are to predict there.
-        token: "next", which is known by the tokens up to its position; "masked", by all that are shown.
+        shown: (N, L) int64, the tokens that the model reads.
+        where: (N, L) bool, True at the positions whose logits are scored.
+        wanted: (N, L) int64, the token that the logits at a position must predict.
+        token: "next" if the model may use the tokens up to a position, "masked" if it may use all that are shown.
     """
 
     shown: Tensor
@@ -38,7 +38,7 @@ class Asked:
 
 
 def next_tokens(packed: Packed) -> Asked:
-    """Every scored token, asked at the position before it; the first of a window has nothing before it."""
+    """Ask for every scored token at the position before it. The first token of a window is not asked for."""
     ids, scored = torch.as_tensor(packed.input_ids), torch.as_tensor(packed.scored).bool()  # (N, L), (N, L)
     where = scored.roll(-1, dims=1)  # (N, L)
     where[:, -1] = False
@@ -46,16 +46,16 @@ def next_tokens(packed: Packed) -> Asked:
 
 
 def masked_tokens(packed: Packed, mask_token: int, seed: int = 0, share: float = MASKED_SHARE) -> Asked:
-    """A share of the scored tokens, each hidden behind the mask token; the same ones for the same text and seed.
+    """Ask for a random share of the scored tokens, each replaced by the mask token.
 
     Args:
         packed: the windows.
-        mask_token: its id.
-        seed: of which tokens are hidden.
-        share: of the scored tokens, in expectation.
+        mask_token: id of the mask token.
+        seed: the same text and seed give the same masks.
+        share: expected share of the scored tokens that are masked, 0 to 1.
 
     Raises:
-        FactorMixError: nothing was drawn.
+        FactorMixError: no token was drawn.
     """
     ids, scored = torch.as_tensor(packed.input_ids), torch.as_tensor(packed.scored).bool()  # (N, L), (N, L)
     drawn = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < share  # (N, L)

@@ -1,4 +1,4 @@
-"""Metrics of labelled tasks: what was predicted against what is right."""
+"""Compute the metrics of labelled tasks from predictions and right answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 def task_metrics(
     kind: str, predicted: Sequence[Any], right: Sequence[Any], labels: Sequence[str] = ()
 ) -> dict[str, float]:
-    """The metrics of one kind of task.
+    """The metrics of one kind of task, by name.
 
     ===============  ===========================================================================================
     single-label     accuracy, f1_macro (mean over `labels` of their F1)
@@ -20,9 +20,9 @@ def task_metrics(
     ===============  ===========================================================================================
 
     Args:
-        kind: the kind of task.
-        predicted, right: as `factormix.data.labelled.Labelled.labels` has them; not empty.
-        labels: all classes.
+        kind: the kind of task, one of the table's.
+        predicted, right: one value per example, in the form of `factormix.data.labelled.Labelled.labels`; not empty.
+        labels: all classes, for single-label and multi-label tasks.
     """
     count = len(right)
     if kind == "regression":
@@ -39,7 +39,7 @@ def task_metrics(
 
 
 def _f1(pairs: Sequence[tuple[bool, bool]]) -> float:
-    """2 TP / (2 TP + FP + FN); 0 where the class neither occurs nor is predicted."""
+    """F1 of one class: 2 TP / (2 TP + FP + FN). It is 0 if the class neither occurs nor is predicted."""
     true = sum(p and r for p, r in pairs)
     wrong = sum(p != r for p, r in pairs)
     return 2 * true / (2 * true + wrong) if true else 0.0

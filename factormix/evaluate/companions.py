@@ -1,11 +1,12 @@
-"""What a sparse model is timed beside, besides the dense one: what it could reach, and what others make of its experts.
+"""Make the models that are timed beside a sparse model, in addition to the dense one.
 
-    active-width             a dense model whose FFNs have as many neurons as run for a token: no router, no experts
-    transformers-grouped_mm  the sparse model, its experts run by transformers' own `grouped_mm` ...
-    transformers-eager       ... or by its loop over experts, the form a stock mixture falls back to
+    active-width             a dense model with as many neurons as run for a token, without router and experts
+    transformers-grouped_mm  the sparse model with its experts run by transformers' `grouped_mm`
+    transformers-eager       the sparse model with its experts run by transformers' loop over experts, its fallback
 
-All share their weights with the model they are made from. A dense model is cut to its first neurons: its answers are
-worth nothing, its speed is that of a trained one.
+The first shows what speed is possible, the others how fast transformers runs the same experts. All share their weights
+with the model they are made from. active-width keeps the first neurons of each FFN: its answers are useless, but its
+speed equals that of a trained model.
 """
 
 from __future__ import annotations
@@ -27,30 +28,35 @@ _STOCK = "transformers-"
 
 
 def companion(name: str, model: nn.Module, base: nn.Module | None) -> nn.Module:
-    """One of `COMPANIONS` for the sparse `model` made from the dense `base`, in eval mode.
+    """Make one of `COMPANIONS`, in eval mode.
+
+    Args:
+        name: which one.
+        model: the sparse model; it stays unchanged.
+        base: the dense model it was made from. Only active-width needs it.
 
     Raises:
-        FactorMixError: another name, a model that is not sparse, no base where one is needed, experts that no stock
-            module holds.
+        FactorMixError: the name is unknown, the model is not sparse, the base is missing, or transformers' experts
+            cannot hold the model's.
     """
     choose("companion", name, COMPANIONS)
     if not any(isinstance(module, SparseFFN) for module in model.modules()):
-        raise FactorMixError(f"{name} stands beside a sparse model; {type(model).__name__} has no sparse FFN.")
+        raise FactorMixError(f"{name} is timed beside a sparse model, but {type(model).__name__} has no sparse FFN.")
     if name.startswith(_STOCK):
         return stock_experts(model, name.removeprefix(_STOCK))
     if base is None:
-        raise FactorMixError(f"{name} is cut from the dense model: name it (--against).")
+        raise FactorMixError(f"{name} is cut from the dense model; name the dense model with --against.")
     return active_width(cast(PreTrainedModel, model), cast(PreTrainedModel, base))
 
 
 def active_width(model: PreTrainedModel, base: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the dense `base` whose FFNs keep as many neurons as `model`'s run for a token: (S + K) * W.
+    """A copy of the dense `base` whose FFNs keep the first (S + K) * W neurons, as many as run for a token in `model`.
 
     Raises:
-        FactorMixError: `model` is no FactorMix model, or `base` no dense one.
+        FactorMixError: `model` is no FactorMix model, or `base` is not dense.
     """
     if not isinstance(model, FactorMixMixin):
-        raise FactorMixError(f"active-width needs a FactorMix model without adapters, received {type(model).__name__}.")
+        raise FactorMixError(f"active-width received {type(model).__name__}; allowed: a FactorMix model, no adapters.")
     cut, sparse = copy_structure(base), model.sparse_ffns()
     for site in sites_of(cut):
         if site.index in sparse:
@@ -60,11 +66,16 @@ def active_width(model: PreTrainedModel, base: PreTrainedModel) -> PreTrainedMod
 
 
 def stock_experts(model: nn.Module, implementation: str) -> nn.Module:
-    """A copy of the sparse `model` that runs its experts by transformers' `MixtralExperts` over the same tensors; its
-    router and shared neurons stay ours.
+    """A copy of the sparse `model` whose experts run in transformers' `MixtralExperts`, over the same tensors.
+
+    The router and the shared neurons still run in FactorMix.
+
+    Args:
+        model: the sparse model; it stays unchanged.
+        implementation: "grouped_mm" or "eager".
 
     Raises:
-        FactorMixError: FFNs without a gate or with biases, which that module does not hold.
+        FactorMixError: the FFNs have no gate or have biases, which `MixtralExperts` cannot hold.
     """
     copied = copy_structure(model)
     for ffn in [module for module in copied.modules() if isinstance(module, SparseFFN)]:
@@ -74,14 +85,14 @@ def stock_experts(model: nn.Module, implementation: str) -> nn.Module:
 
 
 class _StockExperts(nn.Module):
-    """Stands in `RoutedExperts`' place: (T, H), chosen (T, K), scale (T, K) or None -> (T, H)."""
+    """Replaces `RoutedExperts`: x (T, H), chosen (T, K), scale (T, K) or None -> (T, H)."""
 
     def __init__(self, experts: RoutedExperts, implementation: str) -> None:
         super().__init__()
         if not experts.gated or experts.up_bias is not None:
             raise FactorMixError(
-                f"{_STOCK}{implementation}: transformers' experts have a gate and no bias, this model's differ. Leave "
-                "it out."
+                f"{_STOCK}{implementation} cannot run this model, because transformers' experts have a gate and no "
+                "bias. Leave it out."
             )
         routed, hidden, width = experts.down_proj.shape
         config = MixtralConfig(

@@ -1,112 +1,96 @@
-"""What one token costs: parameters read, bytes read, floating-point operations, by arithmetic and by count.
+"""Compute what one token costs: parameters read, bytes read, and floating-point operations.
 
-Decoding one token is bound by the bytes of the weights it reads, prefill by its floating-point operations; the ratios
-of these costs, dense over sparse, are the limits that `factormix.evaluate.speed` holds every measured speed against.
-
-A module that does not use all its parameters for a token has a method ``active_parameters() -> int``, the number it
-uses for one token; if it has a submodule ``experts``, that is the part chosen from. Nothing else is known of it here.
+The bytes of the weights limit decoding, floating-point operations limit prefill. The ratios of these costs, dense over
+sparse, are the limits that `factormix.evaluate.speed` compares every measured speed with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
+
+from factormix.nn import SparseFFN
 
 
 class Part(NamedTuple):
-    """A group of parameters and how much of it a token reads."""
+    """A group of parameters, and how much of it a token reads."""
 
     parameters: int
-    """all parameters of the group"""
+    """number of parameters"""
     matrix: int
-    """those in matrices (two dimensions or more), which cost 2 FLOPs a token each; norms and biases are left out"""
+    """parameters in matrices (two dimensions or more), which cost 2 FLOPs per token; norms and biases do not count"""
     bytes: int
-    """all bytes of the group"""
+    """bytes of all parameters"""
     active: int
     """parameters used for one token"""
     routed: int
-    """parameters among which a token's experts are chosen; 0 for a dense group"""
-    module: nn.Module | None = None
-    """the module that knows its active parameters; None for the rest of the model"""
+    """parameters of the routed experts; 0 for a dense group"""
+    ffn: SparseFFN | None = None
+    """the sparse FFN of these parameters; None for the rest of the model"""
 
 
 def parameters_per_token(model: nn.Module) -> int:
-    """Parameters used for one token: all but embedding tables that are only looked up, less the idle experts.
+    """Number of parameters used for one token: all except idle experts and embedding tables that are only looked up.
 
-    A table that is tied to the output head is read whole by the head and counts once. Weights that several layers
-    share (ALBERT) count once.
+    A table that is tied to the output head counts once, because the head reads all of it. Weights that several layers
+    share (ALBERT) count once too.
     """
     return sum(part.active for part in _parts(model))
 
 
 def bytes_per_token(model: nn.Module, tokens: int = 1, hit: Mapping[nn.Module, float] | None = None) -> float:
-    """Bytes of weights read by one forward of one step for `tokens` sequences (decoding: the batch size).
+    """Bytes of weights that one decoding step reads. The key-value cache and activations do not count.
 
-    The more tokens, the fewer experts stay idle. `hit` says the share of its experts, 0 to 1, that a step reads in each
-    sparse module, as counted (`factormix.evaluate.roofline`). Where it does not, the idle share of an FFN for several
-    tokens is the expectation for tokens that choose independently and evenly: (idle share for one token) ** tokens.
-    Key-value cache and activations are left out.
+    The more sequences, the fewer experts stay idle. For an FFN that `hit` does not name, tokens are assumed to choose
+    independently and evenly. Its expected idle share is then (idle share for one token) ** tokens.
+
+    Args:
+        model: any transformer.
+        tokens: sequences that the step decodes, one token each.
+        hit: by sparse FFN, the share of its experts that the step reads, 0 to 1, as `ExpertsHit` counted it.
     """
     total = 0.0
     for part in _parts(model):
         idle = part.parameters - part.active
         expected = part.routed * (idle / part.routed) ** tokens if part.routed else 0.0
-        if hit is not None and part.module is not None and part.module in hit:
-            expected = part.routed * (1 - hit[part.module])
+        if hit is not None and part.ffn is not None and part.ffn in hit:
+            expected = part.routed * (1 - hit[part.ffn])
         total += part.bytes * (1 - expected / part.parameters)
     return total
 
 
 def flops_per_token(model: nn.Module, context: float = 0.0, head: bool = True) -> float:
-    """Floating-point operations of a forward for one token: 2 for each matrix element used, and attention.
+    """Floating-point operations of a forward for one token: 2 for each matrix element used, plus attention.
 
     Args:
-        model: any transformer; `model.config` is read for the size of attention when `context` is not 0.
-        context: positions a token attends to, on average (causal over T tokens: T / 2); 0 leaves attention out.
-        head: whether the output head runs for this token (prefill needs it for the last token only).
+        model: any transformer. If `context` is not 0, `model.config` gives the size of attention.
+        context: mean number of positions a token attends to, T / 2 for causal attention over T tokens. 0 leaves
+            attention out.
+        head: whether the output head runs for this token. Prefill needs the head for the last token only.
     """
     parts = _parts(model, skip=None if head else _output_head(model))
-    # the idle parameters are matrix elements (biases of routed experts, where there are some, are a rounding error)
+    # Idle parameters are taken to be matrix elements. Biases of routed experts are too few to matter.
     flops = sum(2.0 * (part.matrix - (part.parameters - part.active)) for part in parts)
     return flops + _attention_flops(model, context)
 
 
-def count_flops(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> int:
-    """Floating-point operations of one real forward, counted operator by operator by torch.
-
-    Args:
-        model: the model, run without gradient in the mode it is in.
-        inputs: token ids ``(B, T)``, or the keyword arguments of the forward.
-    """
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    return int(counter.get_total_flops())
-
-
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, tied ones once."""
+    """Bytes of all parameters and buffers. Tied parameters count once."""
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
 def _parts(model: nn.Module, skip: nn.Module | None = None) -> list[Part]:
-    """The parameters a forward reads in groups: each module that knows its active parameters, then all the rest."""
+    """The parameters that a forward reads: one group for each sparse FFN, and one for all the rest."""
     seen: set[int] = set()
     parts = []
-    for module in _sparse_modules(model):
-        own = [p for p in module.parameters() if id(p) not in seen]
-        if not own:
-            continue
-        seen.update(id(p) for p in own)
-        parameters = sum(p.numel() for p in own)
-        active = int(module.active_parameters())  # type: ignore[operator]
-        experts = getattr(module, "experts", None)
-        routed = sum(p.numel() for p in experts.parameters()) if isinstance(experts, nn.Module) else parameters - active
-        parts.append(_part(own, active, routed, module))
+    for ffn in model.modules():
+        own = [p for p in ffn.parameters() if id(p) not in seen] if isinstance(ffn, SparseFFN) else []
+        if isinstance(ffn, SparseFFN) and own:
+            seen.update(id(p) for p in own)
+            routed = sum(p.numel() for p in ffn.experts.parameters()) if ffn.experts is not None else 0
+            parts.append(_part(own, ffn.active_parameters(), routed, ffn))
     rest: dict[int, nn.Parameter] = {}
     for module in model.modules():
         if isinstance(module, nn.Embedding) or module is skip:
@@ -116,24 +100,15 @@ def _parts(model: nn.Module, skip: nn.Module | None = None) -> list[Part]:
     return [*parts, _part(own, sum(p.numel() for p in own), 0)] if own else parts
 
 
-def _part(own: list[nn.Parameter], active: int, routed: int, module: nn.Module | None = None) -> Part:
+def _part(own: list[nn.Parameter], active: int, routed: int, ffn: SparseFFN | None = None) -> Part:
     return Part(
         parameters=sum(p.numel() for p in own),
         matrix=sum(p.numel() for p in own if p.dim() > 1),
         bytes=sum(p.numel() * p.element_size() for p in own),
         active=active,
         routed=routed,
-        module=module,
+        ffn=ffn,
     )
-
-
-def _sparse_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost modules that have ``active_parameters``, the model itself excepted."""
-    for child in module.children():
-        if callable(getattr(child, "active_parameters", None)):
-            yield child
-        else:
-            yield from _sparse_modules(child)
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
@@ -142,7 +117,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _attention_flops(model: nn.Module, context: float) -> float:
-    """QK^T and AV for one token: 2 products x 2 FLOPs x context x (heads x head size), summed over layers."""
+    """FLOPs of QK^T and AV for one token: 2 products x 2 FLOPs x context x (heads x head size), over all layers."""
     config = getattr(model, "config", None)
     layers, heads = getattr(config, "num_hidden_layers", None), getattr(config, "num_attention_heads", None)
     if not (context and isinstance(layers, int) and isinstance(heads, int)):

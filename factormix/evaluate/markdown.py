@@ -1,4 +1,4 @@
-"""Numbers and tables in Markdown, the same in every report."""
+"""Write numbers and tables in Markdown, in the same form in every report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a table; what would break a cell is escaped."""
+    """The lines of a table. Characters that would break a cell are escaped."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
@@ -15,17 +15,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def times(value: float | None) -> str:
-    """A ratio."""
+    """A ratio as "× 1.23", or a dash for None."""
     return "–" if value is None else f"× {value:.2f}"
 
 
 def number(value: float | None) -> str:
-    """Four significant digits, without an exponent below ten million."""
+    """A number with four significant digits, without an exponent below ten million; a dash for None."""
     if value is None:
         return "–"
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.4g}"
 
 
 def size(count: int | None) -> str:
-    """Bytes in MiB or GiB; empty for none."""
+    """Bytes as MiB or GiB; "" for None or 0."""
     return f"{count / 2**30:.2f} GiB" if count and count >= 2**30 else f"{count / 2**20:.0f} MiB" if count else ""

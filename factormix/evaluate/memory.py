@@ -1,4 +1,4 @@
-"""Peak memory of one stretch of work: the accelerator's allocator, or the rise of the process's resident set."""
+"""Measure the peak memory of a stretch of work, from the GPU's allocator or the process's resident set."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 
 from factormix.run.record import current_memory_bytes
 
-SAMPLE_SECONDS = 0.002  # between looks at the resident set
+SAMPLE_SECONDS = 0.002  # seconds between two readings of the resident set
 
 
 class PeakMemory:
-    """``rise``: bytes that the work inside a ``with`` block held at most beyond what was held before it.
+    """Measures, in ``rise``, the most bytes that a ``with`` block held in addition to those held before it.
 
-    On a CUDA device, from the allocator's peak, which is set back. On a CPU, from the resident set, looked at by a
-    thread every two milliseconds: do not time what runs inside. Memory that the C library kept from earlier work and
-    uses again does not show.
+    On a CUDA device it reads the allocator's peak, after resetting it. On a CPU a thread reads the resident set every
+    two milliseconds, so do not time the work inside the block. Memory that the C library kept from earlier work and
+    uses again is not counted.
     """
 
     rise: int = 0

@@ -1,13 +1,13 @@
-"""Perplexity of a text, and how far a model is from its dense base, in one pass over it.
+"""Compute the perplexity of a text, and a model's distance from its dense base, in one pass over the text.
 
     packed = pack(texts, tokenizer, window=512)
     score = evaluate_text(model, packed, base=dense)
     score.model, score.base, score.ratio, score.ratio_stderr, score.top1, score.kl
-    evaluate_text(masked_lm, masked_tokens(packed, tokenizer.mask_token_id), base=dense)    # of the masked tokens
+    evaluate_text(masked_lm, masked_tokens(packed, tokenizer.mask_token_id), base=dense)    # masked tokens
 
-Windows do not overlap; a beginning-of-sequence token, where the tokenizer has one, opens each window and is not
-scored. Cross-entropy is computed in float32 whatever the dtype of the model, a few rows of logits at a time. Windows
-of one length are run `batch_size` at a time; the logits of one batch, for base and one model, are all that is held.
+Windows do not overlap. If the tokenizer has a beginning-of-sequence token, it opens each window and is not scored. The
+cross-entropy is computed in float32 for every dtype of the model, a few rows of logits at a time. `batch_size` windows
+run together. Only one batch's logits are in memory, those of the base and of one model.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ from factormix.evaluate.causal import check_masked, check_next_token
 from factormix.run.errors import FactorMixError
 from factormix.run.progress import progress
 
-LOGIT_BYTES = 256 * 2**20  # float32 logits of one forward, at most, when the batch size is left open
-CHUNK_BYTES = 32 * 2**20  # float32 logits turned into probabilities at a time
-RESAMPLES = 1000  # bootstrap draws of the standard error
+LOGIT_BYTES = 256 * 2**20  # by default, the most bytes of float32 logits of one forward
+CHUNK_BYTES = 32 * 2**20  # bytes of float32 logits that are turned into probabilities at a time
+RESAMPLES = 1000  # bootstrap draws for the standard error
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """The scores of one model on one text. What compares with the base is None when no base was given."""
+    """The scores of one model on one text. All numbers that need the base are None if no base was given."""
 
     tokens: int
-    """tokens scored"""
+    """number of tokens scored"""
     windows: int
-    """windows they came from"""
+    """number of windows they came from"""
     model: float
-    """perplexity: exp of the mean cross-entropy in nats, of the next token or of masked ones"""
+    """perplexity of the model: exp of the mean cross-entropy, in nats, of next tokens or of masked tokens"""
     base: float | None = None
     """perplexity of the base on the same tokens"""
     ratio: float | None = None
-    """perplexity of the model over that of the base"""
+    """perplexity of the model divided by that of the base"""
     ratio_stderr: float | None = None
     """standard error of the ratio, by paired bootstrap over windows; None with fewer than two windows"""
     top1: float | None = None
-    """share of tokens, 0 to 1, where model and base think the same token most likely"""
+    """share of tokens, 0 to 1, for which model and base have the same most likely token"""
     kl: float | None = None
-    """mean KL(base || model) of their distributions, nats a token"""
+    """mean KL(base || model) of their distributions, in nats per token"""
 
     def perplexity_dict(self) -> dict[str, float | int | None]:
-        """The entry ``perplexity.<stem>`` of docs/json.md."""
+        """The entry ``perplexity.<stem>``, which docs/json.md describes."""
         keys = ("base", "model", "ratio", "ratio_stderr", "tokens")
         return {key: getattr(self, key) for key in keys}
 
     def agreement_dict(self) -> dict[str, float | None]:
-        """The entry ``agreement.<stem>`` of docs/json.md."""
+        """The entry ``agreement.<stem>``, which docs/json.md describes."""
         return {"top1": self.top1, "kl": self.kl}
 
 
 class _Sums:
-    """Sums over the judged tokens of each window, float64 (N,)."""
+    """Sums over the scored tokens of each window, float64 (N,)."""
 
     def __init__(self, windows: int) -> None:
         self.nll = torch.zeros(windows, dtype=torch.float64)
@@ -80,19 +80,19 @@ def evaluate_text(
     seed: int = 0,
     quiet: bool = True,
 ) -> TextScore:
-    """Score one model on one packed text, beside its base when there is one.
+    """Score one model on one packed text, and compare it with its base if one is given.
 
     Args:
-        model: a causal language model: ``model(input_ids=(B, L)).logits`` is (B, L, V), next-token; or a masked one.
-        text: the windows, each scored token asked by those before it; for a masked language model what
-            `asked.masked_tokens` made of them.
-        base: the dense model to compare with, of the same vocabulary.
-        batch_size: windows a forward; None takes what keeps the logits of one forward under 256 MiB.
-        seed: of the bootstrap.
-        quiet: no progress line.
+        model: a causal or a masked language model; ``model(input_ids=(B, L)).logits`` is (B, L, V).
+        text: packed windows for a causal model, the result of `asked.masked_tokens` for a masked model.
+        base: the dense model to compare with, which has the same vocabulary.
+        batch_size: windows in one forward. By default as many as keep the logits of one forward under 256 MiB.
+        seed: seed of the bootstrap.
+        quiet: show no progress line.
 
     Raises:
-        FactorMixError: a model without logits of that kind, vocabularies that differ, no token to score, NaN.
+        FactorMixError: a model does not predict that kind of token, the vocabularies differ, there is no token to
+            score, or the cross-entropy is not finite.
     """
     return evaluate_text_for({"model": model}, text, base, batch_size, seed, quiet)["model"]
 
@@ -105,19 +105,19 @@ def evaluate_text_for(
     seed: int = 0,
     quiet: bool = True,
 ) -> dict[str, TextScore]:
-    """`evaluate_text` for several models by name; the base runs once for all of them."""
+    """Like `evaluate_text`, for several models by name. The base runs once for all of them."""
     asked = text if isinstance(text, Asked) else next_tokens(text)
     counts = asked.where.sum(1)  # (N,)
     if not bool(counts.any()):
         raise FactorMixError("no token to score: the text is shorter than two tokens. Give a longer text.")
     everyone = {**models} if base is None else {**models, "base": base}
-    for name, each in everyone.items():
-        (check_next_token if asked.token == "next" else check_masked)(each, name)
+    for name, model in everyone.items():
+        (check_next_token if asked.token == "next" else check_masked)(model, name)
     sums = {name: _Sums(len(counts)) for name in models}
-    was_training = [each for each in everyone.values() if each.training]
+    was_training = [model for model in everyone.values() if model.training]
     try:
-        for each in was_training:
-            each.eval()
+        for model in was_training:
+            model.eval()
         size = batch_size or _batch_size(everyone.values(), asked.shown.shape[1])
         batches = range(0, len(counts), size)
         for start in progress(batches, label="perplexity", total=len(batches), quiet=quiet):
@@ -125,8 +125,8 @@ def evaluate_text_for(
             part = Asked(asked.shown[rows], asked.where[rows], asked.wanted[rows], asked.token)
             _score_batch(models, base, part, {name: (s, start) for name, s in sums.items()})
     finally:
-        for each in was_training:
-            each.train()
+        for model in was_training:
+            model.train()
     return {name: _score(name, s, counts, base is not None, seed) for name, s in sums.items()}
 
 
@@ -159,7 +159,7 @@ def _score_batch(
     asked: Asked,  # of B windows
     sums: Mapping[str, tuple[_Sums, int]],
 ) -> None:
-    window, position = asked.where.nonzero(as_tuple=True)  # (M,), (M,): row of the batch, place of the logits
+    window, position = asked.where.nonzero(as_tuple=True)  # (M,), (M,): row of the batch, position of the logits
     wanted = asked.wanted[window, position]  # (M,)
     with torch.inference_mode():
         base_logits = None if base is None else _logits(base, asked.shown)  # (B, L, V)
@@ -174,24 +174,25 @@ def _score_batch(
             total, start = sums[name]
             for first in range(0, len(wanted), step):
                 part = slice(first, first + step)
-                at = (window[part], position[part])
-                _add(total, start, at, wanted[part], logits, base_logits)
+                place = (window[part], position[part])
+                _add(total, start, place, wanted[part], logits, base_logits)
             del logits
 
 
 def _add(
-    total: _Sums, start: int, at: tuple[Tensor, Tensor], wanted: Tensor, logits: Tensor, base_logits: Tensor | None
+    total: _Sums, start: int, place: tuple[Tensor, Tensor], wanted: Tensor, logits: Tensor, base_logits: Tensor | None
 ) -> None:
-    """Add m tokens: `at` (m,), (m,) their rows in logits (B, L, V), `wanted` (m,) the tokens that stand there."""
-    rows = start + at[0]  # (m,): window of each token
+    """Add m tokens: `place` (m,), (m,) are their rows in logits (B, L, V), `wanted` (m,) are the right tokens."""
+    rows = start + place[0]  # (m,): window of each token
     device = logits.device
-    log_p = logits[at[0].to(device), at[1].to(device)].float().log_softmax(-1)  # (m, V)
+    log_p = logits[place[0].to(device), place[1].to(device)].float().log_softmax(-1)  # (m, V)
     wanted = wanted.to(device)[:, None]  # (m, 1)
     total.nll.index_add_(0, rows, -log_p.gather(1, wanted)[:, 0].double().cpu())
     if base_logits is None:
         return
-    there = base_logits.device
-    log_q = base_logits[at[0].to(there), at[1].to(there)].to(device).float().log_softmax(-1)  # (m, V)
+    base_device = base_logits.device
+    base_rows = base_logits[place[0].to(base_device), place[1].to(base_device)]  # (m, V)
+    log_q = base_rows.to(device).float().log_softmax(-1)  # (m, V)
     total.base_nll.index_add_(0, rows, -log_q.gather(1, wanted)[:, 0].double().cpu())
     same = log_p.argmax(-1) == log_q.argmax(-1)  # (m,)
     total.same.index_add_(0, rows, same.double().cpu())
@@ -205,8 +206,8 @@ def _score(name: str, sums: _Sums, counts: Tensor, compared: bool, seed: int) ->
         if not bool(torch.isfinite(nll).all()):
             first = int((~torch.isfinite(nll)).nonzero()[0, 0])
             raise FactorMixError(
-                f"the cross-entropy of {who} is not finite (first in window {first}): its weights or activations hold "
-                "NaN or infinity. Check the checkpoint, or evaluate in float32."
+                f"the cross-entropy of {who} is not finite, first in window {first}, because its weights or "
+                "activations hold NaN or infinity. Check the checkpoint, or evaluate in float32."
             )
     model = _exp(float(sums.nll.sum()) / tokens)
     if not compared:

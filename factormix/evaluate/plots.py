@@ -1,4 +1,4 @@
-"""The pictures of the report, drawn by matplotlib (extra ``factormix[plot]``), loaded only when something is drawn."""
+"""Draw the pictures of reports with matplotlib (extra ``factormix[plot]``), which is imported only when needed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from factormix.run.errors import FactorMixError
 
 Row = Mapping[str, Any]
 
-# Okabe and Ito's colours, told apart by colour-blind readers and in grey
+# Okabe and Ito's colours, which colour-blind readers can tell apart, also in print without colour
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 METHOD_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED)
 GREY = "#888888"
@@ -42,16 +42,20 @@ CAPTIONS = {
 
 
 def draw_all(folder: str | Path, methods: Mapping[str, Row], bench: Row, sites: Sequence[Row]) -> dict[str, str]:
-    """Draw every picture there is data for into `folder`; returns ``{picture: file name}``.
+    """Draw every picture that there are data for.
 
     Args:
-        folder: an existing directory.
+        folder: an existing directory, where the pictures are written.
         methods: ``{method: Evaluation.to_dict()}``.
         bench: Bench.to_dict(), or {}.
         sites: rows as `factormix.evaluate.report.write_report` takes them.
+
+    Returns:
+        ``{picture: file name}``.
     """
     jobs: dict[str, tuple[Callable[..., Any], Any]] = {}
-    if any(entry.get("ratio") is not None for of in methods.values() for entry in of["perplexity"].values()):
+    texts = [entry for scores in methods.values() for entry in scores["perplexity"].values()]
+    if any(entry.get("ratio") is not None for entry in texts):
         jobs["perplexity"] = (draw_perplexity, methods)
     if any(run.get("ratio") is not None for run in bench.get("runs") or []):
         jobs["speed"] = (draw_speed, bench)
@@ -67,34 +71,41 @@ def draw_all(folder: str | Path, methods: Mapping[str, Row], bench: Row, sites: 
 
 
 def draw_perplexity(methods: Mapping[str, Row]) -> Any:
-    """Bars: perplexity over the dense model's, a group for each text, a bar for each method, standard errors."""
+    """Draw the ratio of perplexities to the dense model: a group for each text, a bar for each method."""
     stems = list(next(iter(methods.values()))["perplexity"])
     inside = next(iter(methods.values())).get("in_domain") or []
     figure, axes = _figure(max(6.4, 1.2 + 0.55 * len(stems) * (len(methods) + 1)), 4.2)
     width = 0.8 / len(methods)
     highest, lowest = 1.0, 1.0
-    ratios = [e["ratio"] for of in methods.values() for e in of["perplexity"].values() if e.get("ratio") is not None]
-    logarithmic = max(ratios) > 12  # a collapsed baseline must not flatten the others
-    for index, (name, of) in enumerate(methods.items()):
-        entries = [(at, of["perplexity"].get(stem, {})) for at, stem in enumerate(stems)]
+    texts = [entry for scores in methods.values() for entry in scores["perplexity"].values()]
+    ratios = [entry["ratio"] for entry in texts if entry.get("ratio") is not None]
+    logarithmic = max(ratios) > 12  # on a linear axis, a collapsed baseline would flatten the other bars
+    for index, (name, scores) in enumerate(methods.items()):
+        entries = [(group, scores["perplexity"].get(stem, {})) for group, stem in enumerate(stems)]
         known = [(at, e["ratio"], e.get("ratio_stderr") or 0.0) for at, e in entries if e.get("ratio") is not None]
-        places = [at + (index - (len(methods) - 1) / 2) * width for at, _, _ in known]
+        places = [group + (index - (len(methods) - 1) / 2) * width for group, _, _ in known]
         heights = [ratio for _, ratio, _ in known]
         errors = [error for _, _, error in known]
         colour = METHOD_COLOURS[index % len(METHOD_COLOURS)]
         base = 1.0 if logarithmic else 0.0
         axes.bar(
-            places, [h - base for h in heights], 0.92 * width, bottom=base, yerr=errors, color=colour, label=name,
+            places,
+            [h - base for h in heights],
+            0.92 * width,
+            bottom=base,
+            yerr=errors,
+            color=colour,
+            label=name,
             error_kw={"ecolor": "#333333", "elinewidth": 1.2, "capsize": 3},
-        )  # fmt: skip
+        )
         for place, height, error in zip(places, heights, errors, strict=True):
             text = f"{height:.2f}" if height < 99.5 else f"{height:.3g}"
             axes.annotate(text, (place, height + error), (0, 3), textcoords="offset points", ha="center", fontsize=9)
         highest = max([highest, *(h + e for h, e in zip(heights, errors, strict=True))])
         lowest = min([lowest, *heights])
     axes.axhline(1.0, color=GREY, linewidth=1.2, linestyle="--", zorder=1)
-    axes.annotate("dense", (1.0, 1.0), (4, 0), xycoords=axes.get_yaxis_transform(), textcoords="offset points",
-                  va="center", color="#555555", fontsize=9.5)  # fmt: skip
+    style: Row = {"textcoords": "offset points", "va": "center", "color": "#555555", "fontsize": 9.5}
+    axes.annotate("dense", (1.0, 1.0), (4, 0), xycoords=axes.get_yaxis_transform(), **style)
     if logarithmic:
         axes.set_yscale("log")
         axes.set_ylim(0.9 * lowest, highest * 1.6)
@@ -114,13 +125,17 @@ def draw_perplexity(methods: Mapping[str, Row]) -> Any:
 
 
 def draw_sweep(path: Path, varied: Sequence[str], rows: Sequence[Row]) -> bool:
-    """Lines: perplexity over the dense model's against the active fraction, a line for each setting of the grid's other
-    keys; in-domain and foreign text side by side. False, and nothing drawn, where matplotlib or numbers are missing.
+    """Draw the ratio of perplexities against the active fraction, in-domain and foreign text side by side.
+
+    There is a line for each setting of the grid's other keys.
 
     Args:
         path: the .png file to write.
         varied: the grid's keys.
-        rows: as `factormix.evaluate.sweep_table.sweep_row` makes them.
+        rows: rows of `factormix.evaluate.sweep_table.sweep_row`.
+
+    Returns:
+        False if nothing was drawn, because matplotlib is not installed or there are no ratios.
     """
     panels = [("ratio_in_domain", "in-domain text"), ("ratio_foreign", "foreign text"), ("ratio_all", "all texts")]
     known = [(key, title) for key, title in panels if any(row.get(key) is not None for row in rows)]
@@ -138,8 +153,8 @@ def draw_sweep(path: Path, varied: Sequence[str], rows: Sequence[Row]) -> bool:
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(figsize=(1.5 + 4.6 * len(panels), 4.4))
         for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-            for index, (name, of) in enumerate(lines.items()):
-                points = sorted((row["active_fraction"], row[key]) for row in of if row.get(key) is not None)
+            for index, (name, cells) in enumerate(lines.items()):
+                points = sorted((row["active_fraction"], row[key]) for row in cells if row.get(key) is not None)
                 style = {"color": METHOD_COLOURS[index % len(METHOD_COLOURS)], "marker": "os^Dv"[index // 6 % 5]}
                 axes.plot(*zip(*points), label=name, linewidth=1.8, **style)
             axes.axhline(1.0, color=GREY, linewidth=1.2, linestyle="--")
@@ -161,7 +176,7 @@ def draw_sweep(path: Path, varied: Sequence[str], rows: Sequence[Row]) -> bool:
 
 
 def draw_bench(path: Path, bench: Row) -> bool:
-    """`draw_speed` into a .png file. False, and nothing drawn, where matplotlib or ratios are missing."""
+    """Write `draw_speed` to a .png file. False if matplotlib is not installed or there are no ratios."""
     if not any(run.get("ratio") is not None and run["implementation"] == "factormix" for run in bench["runs"]):
         return False
     try:
@@ -174,22 +189,25 @@ def draw_bench(path: Path, bench: Row) -> bool:
 
 
 def draw_speed(bench: Row) -> Any:
-    """Horizontal bars: speed over the dense model's; a black line at the limit of each setting, marks for what else was
-    timed beside."""
+    """Draw the ratio of speeds to the dense model: a bar for each setting, a black line at its limit.
+
+    Marks show the companions that were timed beside it.
+    """
     timed = [run for run in bench["runs"] if run.get("ratio") is not None]
     runs = [run for run in timed if run["implementation"] == "factormix"]
     labels = [_setting(run) for run in runs]
     top = max(max(run["ratio"], run.get("limit") or 0.0) for run in timed if run["implementation"] != "dense")
     figure, axes = _figure(7.2, 1.7 + 0.55 * len(runs))
     axes.barh(range(len(runs)), [run["ratio"] for run in runs], 0.58, color=[PHASES[run["phase"]] for run in runs])
-    for at, run in enumerate(runs):
+    for row, run in enumerate(runs):
+        ratio, limit = run["ratio"], run.get("limit")
         colour = "#222222" if run["phase"] == "prefill" else "white"
-        axes.annotate(f"× {run['ratio']:.2f}", (0, at), (7, 0), textcoords="offset points", va="center",
-                      color=colour, fontsize=10, fontweight="bold")  # fmt: skip
-        if run.get("limit") is not None:
-            axes.plot([run["limit"]] * 2, [at - 0.36, at + 0.36], color="#111111", linewidth=2.4, solid_capstyle="butt")
-            axes.annotate(f"limit {run['limit']:.2f}", (run["limit"], at), (6, 0), textcoords="offset points",
-                          va="center", fontsize=9, color="#333333")  # fmt: skip
+        style: Row = {"textcoords": "offset points", "va": "center", "color": colour, "fontsize": 10}
+        axes.annotate(f"× {ratio:.2f}", (0, row), (7, 0), fontweight="bold", **style)
+        if limit is not None:
+            axes.plot([limit] * 2, [row - 0.36, row + 0.36], color="#111111", linewidth=2.4, solid_capstyle="butt")
+            style = {"textcoords": "offset points", "va": "center", "color": "#333333", "fontsize": 9}
+            axes.annotate(f"limit {limit:.2f}", (limit, row), (6, 0), **style)
     for name, marker in COMPANION_MARKS.items():
         beside = {labels.index(_setting(run)): run["ratio"] for run in timed if run["implementation"] == name}
         if beside:
@@ -197,8 +215,8 @@ def draw_speed(bench: Row) -> Any:
     if axes.get_legend_handles_labels()[1]:
         axes.legend(loc="upper left", bbox_to_anchor=(0, -0.9 / (1.7 + 0.55 * len(runs))), ncols=3, fontsize=9)
     axes.axvline(1.0, color=GREY, linewidth=1.2, linestyle="--")
-    axes.annotate("dense", (1.0, 1.0), (0, 3), xycoords=axes.get_xaxis_transform(), textcoords="offset points",
-                  ha="center", color="#555555", fontsize=9.5)  # fmt: skip
+    style = {"textcoords": "offset points", "ha": "center", "color": "#555555", "fontsize": 9.5}
+    axes.annotate("dense", (1.0, 1.0), (0, 3), xycoords=axes.get_xaxis_transform(), **style)
     axes.set_yticks(range(len(runs)), labels)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
@@ -210,11 +228,11 @@ def draw_speed(bench: Row) -> Any:
 
 
 def draw_sites(sites: Sequence[Row]) -> Any:
-    """Lines over depth: label recall and captured norm of every FFN, 0 to 1."""
+    """Draw label recall and captured norm, 0 to 1, of every FFN over depth."""
     figure, axes = _figure(7.2, 3.8)
     series = (("captured", "captured norm", BLUE, "o"), ("recall", "label recall", ORANGE, "s"))
     for key, label, colour, marker in series:
-        known = [(at, row[key]) for at, row in enumerate(sites) if row.get(key) is not None]
+        known = [(place, row[key]) for place, row in enumerate(sites) if row.get(key) is not None]
         if known:
             places, values = zip(*known, strict=True)
             axes.plot(places, values, color=colour, marker=marker, markersize=4.5, linewidth=1.8, label=label)
@@ -229,7 +247,7 @@ def draw_sites(sites: Sequence[Row]) -> Any:
 
 
 def draw_load(sites: Sequence[Row]) -> Any:
-    """Heat map, experts by FFNs: share of an FFN's tokens sent to each expert, busiest expert of each FFN on top."""
+    """Draw the share of tokens that each expert of each FFN gets, as a heat map with the busiest experts on top."""
     rows = [row for row in sites if row.get("load")]
     routed = max(len(row["load"]) for row in rows)
     blank = [float("nan")]
@@ -248,7 +266,7 @@ def draw_load(sites: Sequence[Row]) -> Any:
     bar.outline.set_visible(False)
     even = [sum(row["load"]) / len(row["load"]) for row in rows]
     label = "share of tokens"
-    if max(even) - min(even) < 1e-3:  # K / R, the load of every expert when all are used alike
+    if max(even) - min(even) < 1e-3:  # K / R, the load of every expert if all are used alike
         bar.ax.axhline(even[0], color="white", linewidth=1.5)
         label += f" (white line: even, {even[0]:.2f})"
     bar.set_label(label)
@@ -264,12 +282,12 @@ def _setting(run: Row) -> str:
 def _layer_ticks(axes: Any, rows: Sequence[Row]) -> None:
     step = max(1, -(-len(rows) // 16))
     places = range(0, len(rows), step)
-    axes.set_xticks(places, [str(rows[at].get("layer", at)) for at in places])
+    axes.set_xticks(places, [str(rows[place].get("layer", place)) for place in places])
     axes.set_xlabel("layer of the FFN")
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure of width x height inches and its axes; needs no display."""
+    """A figure of width x height inches, and its axes. It needs no display."""
     figure = _matplotlib().figure.Figure(figsize=(width, height))
     return figure, figure.add_subplot()
 
@@ -280,6 +298,6 @@ def _matplotlib() -> Any:
         import matplotlib.figure
     except ImportError as error:
         raise FactorMixError(
-            "drawing the report's plots needs matplotlib, which is not installed: pip install 'factormix[plot]'."
+            "drawing the report's plots needs matplotlib, which is not installed. Run pip install 'factormix[plot]'."
         ) from error
     return matplotlib

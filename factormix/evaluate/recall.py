@@ -1,10 +1,10 @@
-"""How many facts a causal model recalls: prompts with their answers, ``{"prompt": ..., "targets": [...]}``.
+"""Count the facts that a causal model recalls. A fact is ``{"prompt": ..., "targets": [...]}``.
 
     score = recall(model, tokenizer, read_documents("facts.jsonl"))
     score.exact, score.first_token          # shares, 0 to 1
 
-A fact is recalled exactly when every token of one of its targets is the model's first choice at its place: what greedy
-decoding would have said. Its first token is recalled when that one is.
+A fact is recalled exactly if greedy decoding would write one of its targets: the model's most likely token is right at
+every token of the target. Its first token is recalled if the most likely token is right at the first one.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from factormix.evaluate.causal import check_next_token
 from factormix.run.errors import FactorMixError
 from factormix.run.progress import progress
 
-BATCH = 32  # rows of one forward
-LONGEST = 512  # tokens of a prompt with its target
+BATCH = 32  # rows in one forward
+LONGEST = 512  # the most tokens of a prompt with its target
 
 
 @dataclass(frozen=True)
 class RecallScore:
-    """What a model recalls of a list of facts.
+    """How much of a list of facts a model recalls.
 
     Attributes:
-        facts: how many were asked.
-        exact: share recalled whole.
-        first_token: share whose first token is recalled.
-        loss: nats a token, mean over all targets' tokens.
+        facts: number of facts asked.
+        exact: share of facts recalled exactly, 0 to 1.
+        first_token: share of facts whose first token is recalled, 0 to 1.
+        loss: mean cross-entropy over all tokens of all targets, in nats per token.
     """
 
     facts: int
@@ -42,7 +42,7 @@ class RecallScore:
     loss: float
 
     def to_dict(self) -> dict[str, float]:
-        """The entry ``recall.<stem>.model`` of docs/json.md."""
+        """The entry ``recall.<stem>.model``, which docs/json.md describes."""
         return asdict(self)
 
 
@@ -53,17 +53,17 @@ def recall(
     """Ask a causal language model for the targets of prompts.
 
     Args:
-        model: with next-token logits; put into eval mode for as long as this takes.
-        tokenizer: its tokenizer, a fast one.
+        model: a causal language model. It is in eval mode while it is asked.
+        tokenizer: its fast tokenizer.
         facts: documents of the kind "knowledge".
-        limit: at most so many of them, from the first on.
-        quiet: no progress line.
+        limit: the most facts that are asked, in the documents' order.
+        quiet: show no progress line.
 
     Raises:
-        FactorMixError: other documents, or a model without next-token logits.
+        FactorMixError: the documents are of another kind, or the model has no next-token logits.
     """
     if facts.kind != "knowledge":
-        raise FactorMixError(f'{facts.name} is {facts.kind}; facts are lines of {{"prompt", "targets"}}.')
+        raise FactorMixError(f'{facts.name} is {facts.kind}; allowed: facts, lines of {{"prompt", "targets"}}.')
     check_next_token(model)
     records = facts.records[:limit]
     owners = [i for i, record in enumerate(records) for _ in record["targets"]]
@@ -88,11 +88,11 @@ def recall(
 
 
 def _asked(model: nn.Module, facts: list[Fact], pad: int) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Of each fact, whether each token of its target is the model's first choice; and the loss of all of them, nats."""
+    """Whether the most likely token is right at each token of a target, one tensor per fact; and all losses, nats."""
     device = next(model.parameters()).device
     batch = {name: tensor.to(device) for name, tensor in padded(facts, pad).items()}
     ids, counted = batch["input_ids"], batch["counted"][:, 1:]  # (B, L), (B, L - 1)
     logits = model(input_ids=ids, attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]  # (B, L-1, V)
-    said, wanted = logits[counted].float(), ids[:, 1:][counted]  # (N, V), (N,)
-    loss = nn.functional.cross_entropy(said, wanted, reduction="none")  # (N,)
-    return (said.argmax(-1) == wanted).cpu().split(counted.sum(1).tolist()), loss.cpu()
+    scored, wanted = logits[counted].float(), ids[:, 1:][counted]  # (N, V), (N,)
+    loss = nn.functional.cross_entropy(scored, wanted, reduction="none")  # (N,)
+    return (scored.argmax(-1) == wanted).cpu().split(counted.sum(1).tolist()), loss.cpu()

@@ -1,12 +1,12 @@
-"""The report folder: what was done, what it cost and what it won, readable without running anything.
+"""Write the report folder: what a run did, what it cost and what it gained, readable without running anything.
 
 write_report(folder, run=record.to_dict(), evaluation={"FactorMix": e.to_dict(), "paper preset": p.to_dict()},
              bench=b.to_dict(), sites=sites, answers=answers)
 
 folder/report.md      the summary
-folder/plots/*.png    quality, speed, and what happens at each FFN
-folder/run.json       the run, as it was recorded
-folder/results.json   everything else the summary was made from
+folder/plots/*.png    quality, speed, and numbers for each FFN
+folder/run.json       the record of the run
+folder/results.json   all other data of the summary
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ def write_report(
     sites: Sequence[Row] = (),
     answers: Sequence[Row] = (),
 ) -> Path:
-    """Write the report into `folder`, which is made if it is not there, and return the path of ``report.md``.
+    """Write the report into `folder`, and return the path of ``report.md``.
 
     Args:
-        folder: where to; files of the same names are replaced.
-        run: what RunRecord.to_dict() gives. ``config`` is shown as it is, with the layout first.
-        evaluation: ``{method: Evaluation.to_dict()}``, the first method being the one reported on, the others what it
-            is compared with ("paper preset", "static pruning"); or one Evaluation.to_dict().
+        folder: the directory. It is created if needed, and files of the same names are replaced.
+        run: RunRecord.to_dict(). The report shows its ``config`` unchanged.
+        evaluation: ``{method: Evaluation.to_dict()}``, first the method that is reported, then those it is compared
+            with ("paper preset", "static pruning"). It may also be one Evaluation.to_dict().
         bench: Bench.to_dict(), or {} if nothing was timed.
-        sites: one row an FFN, ``{site, layer, recall, captured, error_before, error_after, load}``: label recall,
-            0 to 1, share of the routed output's norm captured, 0 to 1, relative output error before and after the
-            layer fit, and load, a list of R shares of tokens, one an expert. Values may be None.
-        answers: ``{prompt, base, model}``, or ``{prompt, answers: {name: text}}`` for more than two.
+        sites: one row per FFN, ``{site, layer, recall, captured, error_before, error_after, load}``. recall is the
+            label recall and captured the share of the routed output's norm, both 0 to 1. The errors are relative output
+            errors before and after the layer fit. load is a list of R shares of tokens. Values may be None.
+        answers: rows ``{prompt, base, model}``, or ``{prompt, answers: {name: text}}`` for more than two models.
 
     Raises:
-        FactorMixError: matplotlib is missing.
+        FactorMixError: matplotlib is not installed.
     """
     methods = {"FactorMix": evaluation} if "perplexity" in evaluation else dict(evaluation)
     folder = Path(folder)
@@ -105,53 +105,54 @@ def _quality(methods: Mapping[str, Row], drawn: Mapping[str, str]) -> str:
     rows = []
     for stem, entry in first["perplexity"].items():
         place = " (in-domain)" if stem in inside else " (foreign)" if inside and stem in foreign else ""
-        cells = [_ratio_cell(of.get("perplexity", {}).get(stem, {})) for of in methods.values()]
+        cells = [_ratio_cell(scores.get("perplexity", {}).get(stem, {})) for scores in methods.values()]
         rows.append([stem + place, _count(entry["tokens"]), number(entry["base"]), *cells])
     means = {"all": "geometric mean", "in_domain": "geometric mean, in-domain", "foreign": "geometric mean, foreign"}
     for key, label in means.items():
-        values = [(of.get("mean_ratio") or {}).get(key) for of in methods.values()]
+        values = [(scores.get("mean_ratio") or {}).get(key) for scores in methods.values()]
         if any(value is not None for value in values) and (key == "all" or inside):
             rows.append([label, "", "", *(f"× {value:.3f}" if value is not None else "–" for value in values)])
     lines = [
         "## Quality",
         "",
-        "Perplexity of each method and, in brackets, its ratio to the dense model ± standard error (bootstrap over "
-        "windows). 1 is no loss, lower is better.",
+        "The table shows the perplexity of each method and, in brackets, its ratio to the dense model ± standard error "
+        "(bootstrap over windows). A ratio of 1 means no loss; lower is better.",
         "",
         *table(head, rows),
     ]
     agreement = [
         [name, stem, f"{100 * entry['top1']:.1f} %", f"{entry['kl']:.3f}"]
-        for name, of in methods.items()
-        for stem, entry in (of.get("agreement") or {}).items()
+        for name, scores in methods.items()
+        for stem, entry in (scores.get("agreement") or {}).items()
         if entry.get("top1") is not None
     ]
     if agreement:
-        lines += ["", "Agreement with the dense model, token by token:", ""]
+        lines += ["", "Each method agrees with the dense model, token by token, as follows:", ""]
         lines += table(["method", "text", "same top token", "KL(dense || method), nats"], agreement)
     return "\n".join([*lines, *_tasks(methods), *_picture(drawn, "perplexity")])
 
 
 def _tasks(methods: Mapping[str, Row]) -> list[str]:
-    """Accuracy by task, and the retention pooled over those that tell; nothing where no task was run."""
+    """Accuracy by task, and the retention pooled over informative tasks. Empty if no task was run."""
     first = next(iter(methods.values())).get("tasks") or {}
     if not first:
         return []
     rows = []
     for name, entry in first.items():
-        cells = [_accuracy((of.get("tasks") or {}).get(name, {}), "model", "stderr") for of in methods.values()]
+        cells = [_accuracy((scores.get("tasks") or {}).get(name, {}), "model", "stderr") for scores in methods.values()]
         note = "" if entry.get("informative") is not False else " (not informative)"
         rows.append(
             [name + note, str(entry["n"]), f"{entry['chance']:.2f}", _accuracy(entry, "base", "base_stderr"), *cells]
         )
     for key, label in (("all", "retention"), ("choice", "retention, choice"), ("last_word", "retention, last words")):
-        kept = [(of.get("retention") or {}).get(key) for of in methods.values()]
+        kept = [(scores.get("retention") or {}).get(key) for scores in methods.values()]
         if any(kept):
-            rows.append([label, "", "", "", *(_retained(each) for each in kept)])
+            rows.append([label, "", "", "", *(_retained(entry) for entry in kept)])
     return [
         "",
-        "Accuracy ± standard error. Retention: summed accuracy over that of the dense model, with its 95 % interval "
-        "(paired bootstrap), over the tasks where the dense model is at least 5 standard errors above chance.",
+        "The table shows accuracy ± standard error. Retention is the summed accuracy divided by that of the dense "
+        "model, with its 95 % interval (paired bootstrap). It counts the tasks where the dense model is at least 5 "
+        "standard errors above chance.",
         "",
         *table(["task", "questions", "chance", "dense", *methods], rows),
     ]
@@ -201,9 +202,9 @@ def _sites(sites: Sequence[Row], drawn: Mapping[str, str]) -> str:
     lines = [
         f"## The {len(sites)} FFNs",
         "",
-        "Label recall: share of the experts a router should have chosen that it chose. Captured norm: share of the "
-        "routed output's norm that the chosen experts hold. Error: norm of what an FFN's output misses over the norm "
-        "of the dense output.",
+        "Label recall is the share of the experts that a router should have chosen and did choose. Captured norm is "
+        "the share of the routed output's norm that the chosen experts hold. Error is the norm of the difference from "
+        "the dense output, divided by the norm of the dense output.",
         "",
         *table(["", "mean", "lowest", "highest"], rows),
     ]
@@ -213,11 +214,11 @@ def _sites(sites: Sequence[Row], drawn: Mapping[str, str]) -> str:
 def _answers(answers: Sequence[Row]) -> str:
     if not answers:
         return ""
-    lines = ["## Answers", "", "Greedy, unedited."]
+    lines = ["## Answers", "", "The answers are decoded greedily and not edited."]
     for row in answers:
-        said = row.get("answers") or {"dense": row.get("base"), "FactorMix": row.get("model")}
+        by_model = row.get("answers") or {"dense": row.get("base"), "FactorMix": row.get("model")}
         lines += ["", "**Prompt**", "", *_verbatim(row["prompt"])]
-        for name, text in said.items():
+        for name, text in by_model.items():
             if text is not None:
                 lines += ["", f"**{name}**", "", *_verbatim(text)]
     return "\n".join(lines)
@@ -234,7 +235,7 @@ def _how(run: Row) -> str:
         ]
     if run.get("data"):
         rows = [[name, f"`{digest}`"] for name, digest in run["data"].items()]
-        lines += ["", "Data, by SHA-256:", "", *table(["text", "SHA-256"], rows)]
+        lines += ["", "The run read these texts:", "", *table(["text", "SHA-256"], rows)]
     if run.get("versions"):
         lines += ["", "Versions: " + ", ".join(f"{name} {version}" for name, version in run["versions"].items()) + "."]
     return "\n".join(lines).strip()
@@ -253,7 +254,7 @@ def _picture(drawn: Mapping[str, str], name: str) -> list[str]:
 
 
 def _verbatim(text: str) -> list[str]:
-    """A code block with a fence longer than any in the text, so that nothing of it is read as Markdown."""
+    """A code block whose fence is longer than any in the text, so that no part of the text is read as Markdown."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return [f"{fence}text", text, fence]

@@ -1,11 +1,11 @@
-"""Retention: how much of the dense model's accuracy a sparse model keeps, over the tasks that can tell.
+"""Compute retention: how much of the dense model's accuracy a sparse model keeps, over the informative tasks.
 
-    retention    = sum over counting tasks of the model's accuracy / sum of the dense model's
-    above_chance = the same with each task's chance level taken off first: the harder figure
+    retention    = sum over informative tasks of the model's accuracy / sum of the dense model's
+    above_chance = the same after subtracting each task's chance level, which is the stricter figure
 
-A task counts only where the dense model is at least 5 standard errors above chance; on the others both models guess,
-and a ratio of guesses is near 1 whatever was lost. Each is kept apart as "not informative". The intervals are of the
-paired bootstrap: each task's questions are drawn with replacement, the same ones for both models.
+A task is informative if the dense model is at least 5 standard errors above chance. On other tasks both models guess,
+so the ratio is near 1 no matter how much was lost. Those tasks are listed as "not informative". The intervals come from
+a paired bootstrap: each task's questions are drawn with replacement, the same questions for both models.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-INFORMATIVE = 5.0  # standard errors above chance from which a task counts
+INFORMATIVE = 5.0  # standard errors above chance that make a task informative
 RESAMPLES = 2000  # bootstrap draws
-LEVEL = 0.95  # of the interval
+LEVEL = 0.95  # confidence level of the intervals
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Answers of a model, and of its dense base where there is one, to the same n questions.
+    """Answers of a model to n questions, and of its dense base if there is one.
 
     Attributes:
         kind: "choice" or "last-word".
         chance: accuracy of guessing, 0 to 1.
-        model: (n,) float, 1 where the model was right, else 0.
-        base: (n,) the same of the dense model, or None.
+        model: (n,) float32, 1 where the model was right, else 0.
+        base: (n,) float32, the same for the dense model, or None.
     """
 
     kind: str
@@ -41,14 +41,14 @@ class TaskScore:
 
     @property
     def informative(self) -> bool | None:
-        """Whether the dense model is at least `INFORMATIVE` standard errors above chance; None without it."""
+        """True if the dense model is at least `INFORMATIVE` standard errors above chance. None without a base."""
         if self.base is None:
             return None
         above = float(self.base.double().mean()) - self.chance
         return above > 0 and above >= INFORMATIVE * standard_error(self.base)
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry ``tasks.<task>`` of docs/json.md."""
+        """The entry ``tasks.<task>``, which docs/json.md describes."""
         return {
             "kind": self.kind,
             "base": None if self.base is None else float(self.base.double().mean()),
@@ -63,13 +63,13 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Retention:
-    """What is kept, pooled over tasks; each interval is (low, high), 95 %.
+    """Retention pooled over tasks. Each interval is (low, high), at 95 %.
 
     Attributes:
-        retention, interval: ratio of summed accuracies.
-        above_chance, above_chance_interval: ratio of summed accuracies less chance.
-        tasks: the tasks that counted.
-        not_informative: the others.
+        retention, interval: ratio of the summed accuracies.
+        above_chance, above_chance_interval: ratio of the summed accuracies minus chance.
+        tasks: names of the informative tasks.
+        not_informative: names of all other tasks.
     """
 
     retention: float
@@ -80,7 +80,7 @@ class Retention:
     not_informative: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """An entry of ``retention`` of docs/json.md."""
+        """An entry of ``retention``, which docs/json.md describes."""
         return {
             "retention": self.retention,
             "interval": list(self.interval),
@@ -92,43 +92,43 @@ class Retention:
 
 
 def standard_error(right: Tensor) -> float:
-    """Standard error of the accuracy of answers (n,) that are 0 or 1: sqrt(p (1 - p) / n)."""
+    """Standard error of an accuracy, sqrt(p (1 - p) / n), for answers (n,) that are 0 or 1."""
     p = float(right.double().mean())
     return math.sqrt(p * (1 - p) / len(right))
 
 
 def pooled_retention(tasks: Mapping[str, TaskScore], seed: int = 0, resamples: int = RESAMPLES) -> Retention | None:
-    """Retention over the tasks that count; None when none does, or no dense model was asked.
+    """Retention over the informative tasks. None if there is none, or if no dense model was asked.
 
     Args:
-        tasks: by name.
-        seed: of the bootstrap.
-        resamples: how many draws.
+        tasks: the answers by task.
+        seed: seed of the bootstrap.
+        resamples: number of bootstrap draws.
     """
-    counting = {name: task for name, task in tasks.items() if task.informative}
-    if not counting:
+    informative = {name: task for name, task in tasks.items() if task.informative}
+    if not informative:
         return None
     generator = torch.Generator().manual_seed(seed)
-    chance = sum(task.chance for task in counting.values())
-    model, base = (sum(float(_of(task, who).mean()) for task in counting.values()) for who in ("model", "base"))
+    chance = sum(task.chance for task in informative.values())
+    model, base = (sum(float(_right(task, who).mean()) for task in informative.values()) for who in ("model", "base"))
     drawn_model, drawn_base = torch.zeros(2, resamples, dtype=torch.float64)
-    for task in counting.values():
+    for task in informative.values():
         n = len(task.model)
-        rows = torch.randint(n, (resamples, n), generator=generator)  # (D, n): the same for both models
-        drawn_model += _of(task, "model")[rows].mean(1)
-        drawn_base += _of(task, "base")[rows].mean(1)
+        rows = torch.randint(n, (resamples, n), generator=generator)  # (D, n), the same for both models
+        drawn_model += _right(task, "model")[rows].mean(1)
+        drawn_base += _right(task, "base")[rows].mean(1)
     return Retention(
         retention=model / base,
         interval=_interval(drawn_model / drawn_base.clamp_min(1e-12)),
         above_chance=(model - chance) / (base - chance),
         above_chance_interval=_interval((drawn_model - chance) / (drawn_base - chance).clamp_min(1e-12)),
-        tasks=tuple(counting),
-        not_informative=tuple(name for name in tasks if name not in counting),
+        tasks=tuple(informative),
+        not_informative=tuple(name for name in tasks if name not in informative),
     )
 
 
-def _of(task: TaskScore, who: str) -> Tensor:
-    """(n,) float64 answers of "model" or "base"."""
+def _right(task: TaskScore, who: str) -> Tensor:
+    """The answers of "model" or "base", (n,) float64."""
     return getattr(task, who).double()  # type: ignore[no-any-return]
 
 

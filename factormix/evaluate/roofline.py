@@ -1,12 +1,12 @@
-"""What bounds a measured speed: the bytes that decoding really reads, the floating-point operations of prefill.
+"""Compute the limits of a measured speed: the bytes that decoding reads, and the operations of prefill.
 
     with ExpertsHit(model) as seen:
         ...                                             # a prompt, then decoding steps
     decode_bytes(model, batch, seen.share(skip=1), cache_bytes(cache))
 
-One step of a batch reads every weight once, of the experts only those that some row chose: counted, not expected. It
-reads the key-value cache once too. The ratio of two models' costs is the most that one can be faster than the other by
-reading, or computing, less.
+One decoding step reads every weight once, but only those experts that some row of the batch chose. These are counted
+while the model runs, not estimated. The step reads the key-value cache once too. The ratio of two models' costs is the
+largest speed-up that reading or computing less can give.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from factormix.nn import SparseFFN
 
 
 class ExpertsHit:
-    """Counts, inside a ``with`` block, the distinct experts that each call of each SparseFFN of `model` chooses."""
+    """Counts, inside a ``with`` block, how many different experts each call of each SparseFFN of `model` chooses."""
 
     def __init__(self, model: nn.Module) -> None:
         self._ffns = [m for m in model.modules() if isinstance(m, SparseFFN) and m.router is not None]
@@ -43,18 +43,28 @@ class ExpertsHit:
         self._hooks.close()
 
     def share(self, skip: int = 0) -> dict[nn.Module, float]:
-        """By FFN, the mean over calls of the share of its experts that a call chose, 0 to 1; the first `skip` calls (a
-        prompt's) left out."""
+        """For each FFN, the mean over calls of the share of its experts that a call chose, 0 to 1.
+
+        Args:
+            skip: number of first calls that do not count, such as those of a prompt.
+        """
         return {ffn: sum(calls[skip:]) / len(calls[skip:]) for ffn, calls in self._shares.items() if calls[skip:]}
 
 
 def decode_bytes(model: nn.Module, batch: int, hit: Mapping[nn.Module, float], cache: float) -> float:
-    """Bytes that a step of `batch` rows reads: weights, with the experts `hit`, and `cache` bytes of keys, values."""
+    """Bytes that one decoding step reads.
+
+    Args:
+        model: any transformer.
+        batch: rows of the batch.
+        hit: by sparse FFN, the share of its experts that the step reads, from `ExpertsHit.share`.
+        cache: bytes of keys and values, from `cache_bytes`.
+    """
     return bytes_per_token(model, batch, hit) + cache
 
 
 def prefill_flops(model: nn.Module, tokens: int) -> float:
-    """Floating-point operations of one window of `tokens`, with the output head for its last token only."""
+    """Floating-point operations of one window of `tokens` tokens. The output head runs for the last token only."""
     head = flops_per_token(model) - flops_per_token(model, head=False)
     return tokens * flops_per_token(model, context=tokens / 2, head=False) + head
 

@@ -1,4 +1,4 @@
-"""Measured speeds for a reader: a Markdown table with a row a setting, and a folder of JSON, Markdown and a plot.
+"""Write measured speeds as a Markdown table with one row per setting, or as a folder of JSON, Markdown and a plot.
 
 lines = speed_table(result["runs"])          # the runs of one `Bench.to_dict()`, or of several
 write_speed(folder, result, command)         # bench.json, bench.md, bench.png
@@ -18,18 +18,23 @@ from factormix.run.directory import atomic_path, write_json
 Row = Mapping[str, Any]
 
 EXPLAINED = (
-    "Tokens a second, medians of the rounds, the models in turn; quartiles in brackets. Ratios are to dense. Limit: "
-    "the ratio that the bytes of a step (decode: weights with the experts that were really chosen, key-value cache) or "
-    "the floating-point operations (prefill) allow. Memory: weights, and the most that a round held beyond them."
+    "The table shows tokens per second: the median of the rounds, with quartiles in brackets. The models ran in turn. "
+    "Ratios are to the dense model. The limit is the largest possible ratio. For decoding it follows from the bytes of "
+    "a step: the weights, with only the experts that were chosen, and the key-value cache. For prefill it follows from "
+    "the floating-point operations. Memory is that of the weights plus the most that a round held in addition."
 )
 WITH_COMPANIONS = (
-    " Active-width: a dense model with as many neurons as run for a token, without router. Transformers: the same "
-    "sparse model with its experts run by transformers' own functions."
+    " Active-width is a dense model with as many neurons as run for a token, without a router. Transformers is the "
+    "same sparse model with its experts run by transformers' own functions."
 )
 
 
 def speed_table(runs: Sequence[Row]) -> list[str]:
-    """Lines of a Markdown table of `Run`s as dicts: a row a setting, columns for the implementations there are."""
+    """The lines of a Markdown table with one row per setting and columns for the implementations that were timed.
+
+    Args:
+        runs: dicts of `Run`, from ``Bench.to_dict()["runs"]``.
+    """
     grouped: dict[tuple[Any, ...], dict[str, Row]] = {}
     for run in runs:
         key = tuple(run[name] for name in ("phase", "size", "dtype", "threads"))
@@ -53,14 +58,12 @@ def speed_table(runs: Sequence[Row]) -> list[str]:
 
 
 def write_speed(folder: Path, bench: Row, command: str) -> None:
-    """Write bench.json, bench.md and, where matplotlib is installed and there are ratios, bench.png into `folder`.
-
-    The folder is made; old files of these names are replaced.
+    """Write bench.json and bench.md into `folder`, and bench.png if matplotlib is installed and there are ratios.
 
     Args:
-        folder: the directory.
+        folder: the directory. It is created if needed, and files of these names are replaced.
         bench: ``Bench.to_dict()``.
-        command: what was typed, for the reader who wants it again.
+        command: the command that was typed, so that a reader can repeat it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "bench.json", bench)
@@ -68,17 +71,24 @@ def write_speed(folder: Path, bench: Row, command: str) -> None:
     drawn = plots.draw_bench(folder / "bench.png", bench)
     more = WITH_COMPANIONS if any(run["implementation"] in COMPANIONS for run in runs) else ""
     lines = [
-        "# Speed", "", "```", command, "```", "",
+        "# Speed",
+        "",
+        "```",
+        command,
+        "```",
+        "",
         f"{EXPLAINED}{more} {settings['repeats']} rounds; {settings['machine']}, {settings['device']}, torch "
         f"{settings['torch']}.",
-        "", *speed_table(runs), *(["", f"![{plots.CAPTIONS['speed']}](bench.png)"] if drawn else []),
-    ]  # fmt: skip
+        "",
+        *speed_table(runs),
+        *(["", f"![{plots.CAPTIONS['speed']}](bench.png)"] if drawn else []),
+    ]
     with atomic_path(folder / "bench.md") as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def setting(phase: str, count: int) -> str:
-    """What was timed, in words."""
+    """A setting in words, such as "decode, batch 1"."""
     return f"{phase}, {count} tokens" if phase == "prefill" else f"{phase}, batch {count}"
 
 

@@ -1,10 +1,10 @@
-"""Several texts, one verdict: perplexity and agreement by text, and their means for in-domain and foreign text apart.
+"""Evaluate a model on several texts and tasks, with separate means for in-domain and foreign texts.
 
     evaluation = evaluate(model, dense, {"brown": packed_brown, "foldoc": packed_foldoc}, in_domain=["brown"])
     write_json(path, evaluation.to_dict())          # docs/json.md
 
-A text is in-domain when the calibration came from the same source (other documents of it), foreign otherwise. A model
-that keeps what it was calibrated on and loses the rest looks fine until the two are told apart.
+A text is in-domain if the calibration text came from the same source (but other documents), and foreign otherwise. The
+means are separate because a model may keep the domain it was calibrated on and lose everything else.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from factormix.evaluate.retention import TaskScore, pooled_retention
 from factormix.run.errors import FactorMixError, choose
 
 SCHEMA_VERSION = 1
-LAST_WORD_TOKENS = 20_480  # of all passages of a suite together
-_BASE = "dense base"  # no name of a model of ours
+LAST_WORD_TOKENS = 20_480  # tokens of all passages of a suite together
+_BASE = "dense base"  # the base's name among the models; no caller uses it
 
 
 @dataclass(frozen=True)
 class Suite:
-    """What ``factormix eval --suite NAME`` runs; everything comes from assets.
+    """The texts and tasks of ``factormix eval --suite NAME``. All of them come from assets.
 
     Attributes:
-        texts: scored by perplexity and agreement.
-        prose: those whose passages ask for their last word.
-        tasks: multiple choice, see `factormix.evaluate.choice`.
+        texts: texts scored by perplexity and agreement.
+        prose: texts whose passages are used for last-word accuracy.
+        tasks: multiple-choice tasks, see `factormix.evaluate.choice`.
     """
 
     texts: tuple[str, ...]
@@ -52,27 +52,28 @@ SUITES = {"core": Suite(_TEXTS, _PROSE, CORE_TASKS), "text": Suite(_TEXTS, _PROS
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one model on several texts, by the stem of the text's file."""
+    """The scores of one model on several texts. A stem is the name of a text's file without its suffix."""
 
     texts: dict[str, TextScore]
+    """scores by stem"""
     in_domain: tuple[str, ...] = ()
-    """texts of the source the calibration came from; every other text is foreign"""
+    """stems of the texts from the source of the calibration; every other text is foreign"""
     tasks: dict[str, TaskScore] = field(default_factory=dict)
-    """answers by task: multiple choice, and last words as "last-word <stem>"; empty unless asked for"""
+    """answers by task: multiple choice, and last words as "last-word <stem>"; empty if no task was asked"""
     seed: int = 0
-    """of the bootstrap"""
+    """seed of the bootstrap"""
     recall: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    """``{stem: {"base", "model": a RecallScore}}`` where facts were asked beside"""
+    """``{stem: {"base", "model": RecallScore.to_dict()}}``; empty if no facts were asked"""
     predicts: str = "next"
-    """of the texts: the "next" token, or "masked" ones"""
+    """the tokens that are predicted: "next" or "masked" """
 
     @property
     def foreign(self) -> tuple[str, ...]:
-        """Texts of other sources than the calibration's."""
+        """Stems of the texts from other sources than the calibration's."""
         return tuple(stem for stem in self.texts if stem not in self.in_domain)
 
     def mean_ratio(self, stems: Iterable[str] | None = None) -> float | None:
-        """Geometric mean of the perplexity ratios of `stems` (None: all texts); None without texts or without base."""
+        """Geometric mean of the perplexity ratios of `stems`, by default of all texts. None if a ratio is missing."""
         ratios = [self.texts[stem].ratio for stem in (self.texts if stems is None else stems)]
         known = [ratio for ratio in ratios if ratio is not None]
         if not known or len(known) < len(ratios):
@@ -80,15 +81,15 @@ class Evaluation:
         return math.exp(sum(math.log(ratio) for ratio in known) / len(known))
 
     def retention(self) -> dict[str, Any]:
-        """Pooled over all tasks, and over those of each kind; None where none counts."""
+        """Retention pooled over all tasks, and over those of each kind. None where no task is informative."""
         groups: dict[str, dict[str, TaskScore]] = {"all": self.tasks}
         for key, kind in (("choice", "choice"), ("last_word", "last-word")):
             groups[key] = {name: task for name, task in self.tasks.items() if task.kind == kind}
         pooled = {key: pooled_retention(tasks, self.seed) for key, tasks in groups.items()}
-        return {key: None if each is None else each.to_dict() for key, each in pooled.items()}
+        return {key: None if retention is None else retention.to_dict() for key, retention in pooled.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON of ``factormix eval``, as docs/json.md has it."""
+        """The JSON of ``factormix eval``, which docs/json.md describes."""
         return {
             "schema_version": SCHEMA_VERSION,
             "predicts": self.predicts,
@@ -117,17 +118,19 @@ def evaluate(
     seed: int = 0,
     quiet: bool = True,
 ) -> Evaluation:
-    """Score `model` on every text, beside `base` where one is given.
+    """Score `model` on every text, and compare it with `base` if one is given.
 
     Args:
-        model: a causal language model, or a masked one.
+        model: a causal or a masked language model.
         base: the dense model it was made from, or None.
-        texts: packed texts by the stem of their file; for a masked language model what `asked.masked_tokens` made of
-            each.
-        in_domain: the stems whose source the calibration came from.
-        batch_size: windows a forward; None takes what fits 256 MiB of logits.
-        seed: of the bootstrap.
-        quiet: no progress line.
+        texts: by stem, packed texts for a causal model, results of `asked.masked_tokens` for a masked one.
+        in_domain: stems of the texts from the source of the calibration.
+        batch_size: windows in one forward. By default as many as fit into 256 MiB of logits.
+        seed: seed of the bootstrap.
+        quiet: show no progress line.
+
+    Raises:
+        FactorMixError: there is no text, `in_domain` names another text, or `evaluate_text` refuses a text or a model.
     """
     options: dict[str, Any] = {"in_domain": in_domain, "batch_size": batch_size, "seed": seed, "quiet": quiet}
     return evaluate_for({"model": model}, base, texts, **options)["model"]
@@ -144,9 +147,11 @@ def evaluate_for(
     quiet: bool = True,
     tasks: Mapping[str, Mapping[str, TaskScore]] | None = None,
 ) -> dict[str, Evaluation]:
-    """`evaluate` for several models by name (FactorMix beside its baselines); the base runs once for all of them.
+    """Like `evaluate`, for several models by name (FactorMix and its baselines). The base runs once for all of them.
 
-    `tasks` are what `answer_for` gave.
+    Args:
+        models: the models by name.
+        tasks: the result of `answer_for`, or None. All other arguments are those of `evaluate`.
     """
     if not texts:
         raise FactorMixError("no text to evaluate on: give at least one.")
@@ -160,8 +165,8 @@ def evaluate_for(
     masked = any(isinstance(text, Asked) and text.token == "masked" for text in texts.values())
     predicts = "masked" if masked else "next"
     return {
-        name: Evaluation(of_model, tuple(in_domain), dict(answered.get(name, {})), seed, predicts=predicts)
-        for name, of_model in scores.items()
+        name: Evaluation(text_scores, tuple(in_domain), dict(answered.get(name, {})), seed, predicts=predicts)
+        for name, text_scores in scores.items()
     }
 
 
@@ -176,22 +181,28 @@ def answer_for(
     seed: int = 0,
     quiet: bool = True,
 ) -> dict[str, dict[str, TaskScore]]:
-    """Last words and multiple choice of several models by name, each beside the base's answers, which are got once.
+    """Ask several models for last words and multiple-choice answers. The base is asked once for all of them.
 
     Args:
-        models: causal language models.
+        models: causal language models by name.
         base: the dense model they were made from, or None.
-        passages: of `last_word.cut_passages`, by the stem of their text.
-        tasks: names for `choice.answer_tasks`; they need `tokenizer`.
-        tokenizer: the models'.
-        limit: questions of a task, at most.
-        seed: of which questions are asked.
-        quiet: no progress line.
+        passages: results of `last_word.cut_passages`, by the stem of their text.
+        tasks: tasks for `choice.answer_tasks`, which need `tokenizer`.
+        tokenizer: the models' tokenizer.
+        limit: the most questions of a task.
+        seed: seed of the choice of questions.
+        quiet: show no progress line.
+
+    Returns:
+        ``{model: {task: TaskScore}}``.
+
+    Raises:
+        FactorMixError: as `last_words_for` and `answer_tasks`.
     """
     everyone = {**models} if base is None else {**models, _BASE: base}
-    answers: dict[str, tuple[str, float, dict[str, Tensor]]] = {}  # by task: kind, chance, who was right where
-    for stem, some in passages.items():
-        answers[f"last-word {stem}"] = ("last-word", 0.0, last_words_for(everyone, some, quiet))
+    answers: dict[str, tuple[str, float, dict[str, Tensor]]] = {}  # by task: kind, chance, right answers by model
+    for stem, text_passages in passages.items():
+        answers[f"last-word {stem}"] = ("last-word", 0.0, last_words_for(everyone, text_passages, quiet))
     if tasks:
         assert tokenizer is not None
         found = answer_tasks(everyone, tokenizer, tasks, limit, seed, quiet)

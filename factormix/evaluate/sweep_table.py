@@ -1,4 +1,4 @@
-"""The result of a sweep: one row a cell, as CSV, Markdown and a plot of quality against the active fraction.
+"""Write the result of a sweep as CSV, Markdown and a plot, with one row per cell of the grid.
 
 write_sweep(folder, varied=["layout", "tokens"], rows=rows)     # sweep.csv, sweep.md, sweep.png
 """
@@ -12,22 +12,33 @@ from pathlib import Path
 from typing import Any
 
 from factormix.evaluate import plots
+from factormix.evaluate.markdown import table
 from factormix.run.directory import atomic_path
 
 Row = Mapping[str, Any]
 
 MEASURES = (
-    "active_fraction", "ratio_in_domain", "ratio_foreign", "ratio_all", "top1", "kl", "retention", "retention_low",
-    "retention_high", "seconds", "peak_bytes", "parameters_per_token",
-)  # fmt: skip
-"""Columns after the keys that the grid varies; None where there is no such number."""
+    "active_fraction",
+    "ratio_in_domain",
+    "ratio_foreign",
+    "ratio_all",
+    "top1",
+    "kl",
+    "retention",
+    "retention_low",
+    "retention_high",
+    "seconds",
+    "peak_bytes",
+    "parameters_per_token",
+)
+"""The columns after the keys that the grid varies. A value is None if the cell has no such number."""
 
 
 def sweep_row(values: Row, run: Row, evaluation: Row) -> dict[str, Any]:
-    """A row of the table.
+    """One row of the table.
 
     Args:
-        values: what the grid set in this cell.
+        values: the values that the grid set in this cell.
         run: run.json of the factored model.
         evaluation: the JSON of ``factormix eval``.
     """
@@ -52,47 +63,37 @@ def sweep_row(values: Row, run: Row, evaluation: Row) -> dict[str, Any]:
 
 
 def write_sweep(folder: Path, varied: Sequence[str], rows: Sequence[Row]) -> None:
-    """Write sweep.csv, sweep.md and, where matplotlib is installed, sweep.png into `folder`, replacing old ones.
+    """Write sweep.csv and sweep.md into `folder`, and sweep.png if matplotlib is installed. Old files are replaced.
 
     Args:
         folder: an existing directory.
-        varied: the keys that the grid varies, which name a row.
-        rows: of `sweep_row`, in the order to show.
+        varied: the keys that the grid varies; their values name a row.
+        rows: rows of `sweep_row`, in the order to show.
     """
     columns = [*varied, *MEASURES, *dict.fromkeys(key for row in rows for key in row if key.startswith("ratio "))]
-    table = io.StringIO()
-    writer = csv.DictWriter(table, columns, restval="", extrasaction="ignore", lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _write(folder / "sweep.csv", table.getvalue())
+    _write(folder / "sweep.csv", text.getvalue())
     drawn = plots.draw_sweep(folder / "sweep.png", varied, rows)
     _write(folder / "sweep.md", _markdown(varied, rows, drawn))
 
 
 def _markdown(varied: Sequence[str], rows: Sequence[Row], drawn: bool) -> str:
-    shown: tuple[str, ...] = (
-        "active_fraction",
-        "ratio_in_domain",
-        "ratio_foreign",
-        "ratio_all",
-        "top1",
-        "retention",
-        "seconds",
-    )
-    shown = tuple(key for key in shown if any(row.get(key) is not None for row in rows))
+    measures = ("active_fraction", "ratio_in_domain", "ratio_foreign", "ratio_all", "top1", "retention", "seconds")
+    shown = [key for key in measures if any(row.get(key) is not None for row in rows)]
     head = [*varied, *(key.replace("_", " ") for key in shown)]
-    lines = [
-        "# Sweep",
-        "",
-        "Perplexity over that of the dense model (geometric means), share of equal top tokens, retained accuracy.",
-        "",
-        "| " + " | ".join(head) + " |",
-        "|" + " --- |" * len(head),
+    cells = [
+        [str(row.get(key, "")) for key in varied]
+        + ["–" if row.get(key) is None else f"{row[key]:.4g}" for key in shown]
+        for row in rows
     ]
-    for row in rows:
-        cells = [str(row.get(key, "")) for key in varied]
-        cells += ["–" if row.get(key) is None else f"{row[key]:.4g}" for key in shown]
-        lines.append("| " + " | ".join(cells) + " |")
+    explained = (
+        "Ratios are perplexities divided by those of the dense model (geometric means). top1 is the share of tokens "
+        "with the same most likely token as the dense model. Retention is the share of its accuracy that is kept."
+    )
+    lines = ["# Sweep", "", explained, "", *table(head, cells)]
     if drawn:
         lines += ["", "![Perplexity ratio against the active fraction](sweep.png)"]
     return "\n".join(lines) + "\n"

@@ -35,7 +35,7 @@ def test_every_core_task_is_here_and_its_data_are_assets():
 def test_a_task_file_becomes_questions(tmp_path, monkeypatch):
     lines = [{"text": f"text {i}", "label": ("negative", "positive")[i % 4 == 0]} for i in range(40)]
     (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    monkeypatch.setattr(choice, "fetch_named", lambda name, quiet: tmp_path / "r.jsonl")
+    monkeypatch.setattr("factormix.assets.fetch.fetch_named", lambda name, quiet: tmp_path / "r.jsonl")
     monkeypatch.setattr(choice, "_dataset", lambda questions: questions)
     config = read_task("reviews", limit=10)
     asked = config["custom_dataset"]()
@@ -47,7 +47,7 @@ def test_a_task_file_becomes_questions(tmp_path, monkeypatch):
 def test_a_task_file_says_how_classes_are_called(tmp_path, monkeypatch):
     lines = [{"text": f"text {i}", "label": ("METHODS", "RESULTS")[i % 2]} for i in range(8)]
     (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    monkeypatch.setattr(choice, "fetch_named", lambda name, quiet: tmp_path / "s.jsonl")
+    monkeypatch.setattr("factormix.assets.fetch.fetch_named", lambda name, quiet: tmp_path / "s.jsonl")
     monkeypatch.setattr(choice, "_dataset", lambda questions: questions)
     asked = read_task("pubmed-sections")["custom_dataset"]()
     assert {tuple(each["choices"]) for each in asked} == {("methods", "results")}

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AlbertConfig, AlbertForMaskedLM
 
-from factormix.evaluate.cost import bytes_per_token, count_flops, flops_per_token, parameters_per_token, weight_bytes
+from factormix.evaluate.cost import bytes_per_token, flops_per_token, parameters_per_token, weight_bytes
+from factormix.nn import SparseFFN
 from tests.evaluate.tiny import HIDDEN, INNER, LAYERS, VOCAB
 
 ATTENTION = 4 * HIDDEN * HIDDEN  # q, k, v, o
@@ -14,6 +17,14 @@ HEAD = VOCAB * HIDDEN
 ROUTED = 3 * HIDDEN * INNER // 2  # four experts of the eight slices
 ROUTER = 4 * HIDDEN
 SAVED = LAYERS * (3 * ROUTED // 4 - ROUTER)  # three of four experts idle, the router added
+
+
+def count_flops(model: nn.Module, ids: Tensor) -> int:
+    """Floating-point operations of one real forward of ids (B, T), counted operator by operator by torch."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        model(ids)
+    return int(counter.get_total_flops())
 
 
 def test_flops_of_a_llama_forward_equal_the_formula(llama):
@@ -64,7 +75,7 @@ def test_more_tokens_leave_fewer_experts_idle(llama, sparse_llama):
 
 
 def test_sparse_ffns_alone_cost_what_they_cost_in_the_model(sparse_llama):
-    ffns = torch.nn.ModuleList(module for module in sparse_llama.modules() if hasattr(module, "active_parameters"))
+    ffns = nn.ModuleList(module for module in sparse_llama.modules() if isinstance(module, SparseFFN))
     assert bytes_per_token(ffns) == 4 * parameters_per_token(ffns) == 4 * sum(f.active_parameters() for f in ffns)
 
 

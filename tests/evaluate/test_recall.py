@@ -76,5 +76,5 @@ def test_the_loss_is_a_mean_over_target_tokens(
 
 
 def test_plain_text_has_no_facts(llama: Callable[..., LlamaForCausalLM], tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(FactorMixError, match='text is text; facts are lines of {"prompt", "targets"}'):
+    with pytest.raises(FactorMixError, match='text is text; allowed: facts, lines of {"prompt", "targets"}'):
         recall(llama(), tokenizer, read_documents(["w1 w2"]))

@@ -40,11 +40,13 @@ def test_the_folder_holds_json_table_and_plot(tmp_path, monkeypatch):
     assert json.loads((out / "bench.json").read_text()) == made
     text = (out / "bench.md").read_text()
     assert all(part in text for part in ("factormix bench x", "7 rounds", "two cores", "× 0.90", "(bench.png)"))
-    assert "without router" in text
+    assert "without a router" in text
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
     (out / "bench.png").unlink()
     write_speed(out, bench("factormix"), "factormix bench x")  # alone: no ratio, no picture, nobody else explained
-    assert "bench.png" not in (out / "bench.md").read_text() and "without router" not in (out / "bench.md").read_text()
+    assert (
+        "bench.png" not in (out / "bench.md").read_text() and "without a router" not in (out / "bench.md").read_text()
+    )
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     write_speed(out, made, "factormix bench x")
     assert not (out / "bench.png").exists() and "× 0.90" in (out / "bench.md").read_text()

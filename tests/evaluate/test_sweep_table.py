@@ -52,6 +52,8 @@ def test_files_hold_every_row_and_a_gap_is_no_zero(tmp_path, monkeypatch):
     )
     assert lines[7] == "| S2A2E16 | 0 | 0.25 | 1.5 | – | 2.12 | 0.7 | – | 11.5 |"
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG") and "(sweep.png)" in lines[-1]
+    write_sweep(tmp_path, ["layout", "seed"], [rows[0] | {"layout": "a|b"}])
+    assert (tmp_path / "sweep.md").read_text().splitlines()[6].startswith(r"| a\|b | 0 | 0.5 |")
     (tmp_path / "sweep.png").unlink()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     write_sweep(tmp_path, ["layout", "seed"], rows)
