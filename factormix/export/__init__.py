@@ -1,4 +1,4 @@
-"""Export: a factored model as a stock architecture that plain transformers, vLLM and llama.cpp load."""
+"""Export a factored model as a stock architecture that plain transformers, vLLM and llama.cpp load."""
 
 from factormix.export.card import Origin
 from factormix.export.containers import CONTAINERS

@@ -1,7 +1,7 @@
-"""Backbone: all of a dense decoder that a stock container must hold beside the FFNs.
+"""Describe the backbone: the parts of a dense decoder, other than FFNs, that a stock container must hold.
 
-A family is one entry of `BACKBONES`, which says what its attention and norms are; a container (containers/) says which
-of these it can hold. So nothing outside this file knows how a family spells its config.
+A family is one entry of `BACKBONES`, which describes its attention and norms. A container (containers/) says which of
+these it can hold. So no code outside this file knows the field names of a family's config.
 """
 
 from __future__ import annotations
@@ -14,28 +14,30 @@ from transformers import PretrainedConfig
 
 from factormix.run.errors import FactorMixError
 
-COMMON = (  # fields that mean the same, under the same name, in every family and container here
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_act",
-    "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id",
-    "eos_token_id", "tie_word_embeddings", "rope_parameters", "attention_dropout",
-)  # fmt: skip
+# Fields with the same name and meaning in every family and container here.
+COMMON = (
+    "vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings initializer_range rms_norm_eps use_cache pad_token_id bos_token_id eos_token_id "
+    "tie_word_embeddings rope_parameters attention_dropout"
+).split()
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """What is not FFN.
+    """A decoder without its FFNs.
 
     Attributes:
         family: the dense model_type.
-        common: config fields that every container takes as they are.
-        head_dim: of an attention head.
-        qkv_bias, out_bias: whether q, k, v have biases, and the attention's output projection.
-        qk_norm: queries and keys are normed by head ("head"), over all heads ("whole") or not at all.
-        norm: whether attention and FFN are normed before or after.
-        window: positions a token attends to in the layers of `windowed`, or None.
-        windowed: layer by layer, whether attention has a window.
-        attention, embedding, residual, logits: Granite's multipliers (logits: its divisor); elsewhere
-            head_dim ** -0.5 and 1.
+        common: config fields that every container takes unchanged.
+        head_dim: size of an attention head.
+        qkv_bias: whether the q, k and v projections have biases.
+        out_bias: whether the attention's output projection has a bias.
+        qk_norm: queries and keys are normed by head ("head"), over all heads ("whole") or not at all ("none").
+        norm: whether the norms stand before or after attention and FFN.
+        window: number of positions that a token attends to in the layers of `windowed`, or None.
+        windowed: for each layer, whether its attention has a window.
+        attention, embedding, residual, logits: Granite's three multipliers and its divisor of the logits. In other
+            families attention is head_dim ** -0.5 and the others are 1.
     """
 
     family: str
@@ -54,7 +56,7 @@ class Backbone:
 
     @property
     def has_multipliers(self) -> bool:
-        """True where a multiplier differs from what other families have."""
+        """True if a multiplier differs from its value in other families."""
         return self.attention != self.head_dim**-0.5 or (self.embedding, self.residual, self.logits) != (1, 1, 1)
 
 
@@ -74,9 +76,12 @@ def _by_layer(config: PretrainedConfig) -> dict[str, Any]:
 
 def _granite(config: PretrainedConfig) -> dict[str, Any]:
     return {
-        **_llama(config), "attention": config.attention_multiplier, "embedding": config.embedding_multiplier,
-        "residual": config.residual_multiplier, "logits": config.logits_scaling,
-    }  # fmt: skip
+        **_llama(config),
+        "attention": config.attention_multiplier,
+        "embedding": config.embedding_multiplier,
+        "residual": config.residual_multiplier,
+        "logits": config.logits_scaling,
+    }
 
 
 BACKBONES: dict[str, Callable[[PretrainedConfig], dict[str, Any]]] = {
@@ -90,10 +95,10 @@ BACKBONES: dict[str, Callable[[PretrainedConfig], dict[str, Any]]] = {
 
 
 def read_backbone(config: PretrainedConfig) -> Backbone:
-    """The backbone of a dense config, or of a factored model's.
+    """The backbone of a dense model's config, or of a factored model's.
 
     Raises:
-        FactorMixError: a family that no stock container holds.
+        FactorMixError: no stock container holds this family.
     """
     family = config.model_type
     if family not in BACKBONES:

@@ -1,4 +1,4 @@
-"""The model card: README.md of an exported directory, with the YAML header that hubs read."""
+"""Write the model card: README.md of an exported directory, with the YAML header that hubs read."""
 
 from __future__ import annotations
 
@@ -9,21 +9,23 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped, unused-ignore]
 
+from factormix.evaluate.markdown import table
+
 UNKNOWN_LICENCE = "other"
 PLACES = ("model", "out", "text", "heal_text", "task", "keep_experts_for", "against")
-"""Of run.json's config: where the maker had things, no business of readers."""
+"""Options in run.json that are paths on the maker's machine. The card leaves them out."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a card says of where a model comes from.
+    """Where a model comes from, for its card.
 
     Attributes:
-        name: of the exported model.
-        base: the dense model, as the one who factored it named it.
-        licence: of the dense model, which the exported one is under too: an SPDX name, or "other".
-        run: run.json of the factored model; empty where there is none.
-        results: what `factormix eval --json` and `factormix bench --json` wrote.
+        name: name of the exported model.
+        base: name of the dense model, as it was given to `factor`.
+        licence: licence of the dense model and so of the exported one: an SPDX name, or "other".
+        run: run.json of the factored model; empty if there is none.
+        results: JSON of `factormix eval --json` and `factormix bench --json`.
     """
 
     name: str
@@ -34,7 +36,7 @@ class Origin:
 
 
 def card(origin: Origin, export: Mapping[str, Any]) -> str:
-    """README.md.
+    """The text of README.md.
 
     Args:
         origin: where the model comes from.
@@ -102,20 +104,20 @@ def _method(origin: Origin, export: Mapping[str, Any]) -> str:
     if config:
         known = {k: value for k, value in config.items() if k not in PLACES and not isinstance(value, dict | list)}
         lines.append(
-            "FactorLLM (arXiv 2408.11855): neurons assigned to experts from their activations on text, a linear "
-            "router, both fitted to the dense FFN's outputs layer by layer."
+            "It was made by FactorLLM (arXiv 2408.11855): neurons are assigned to experts by their activations on "
+            "text. Experts and a linear router are fitted to the dense FFN's outputs, layer by layer."
         )
         lines.append(_table([("setting", "value"), *((k, str(v)) for k, v in known.items())]))
-        lines.append(f"{run.get('tokens', 0):,} tokens of calibration text.")
+        lines.append(f"The calibration text has {run.get('tokens', 0):,} tokens.")
     if run.get("data"):
         hashes = [(PurePath(name).name, digest) for name, digest in run["data"].items()]
         lines.append(_table([("data", "SHA-256"), *hashes]))
     lines.append(f"Container: {export['reason']}")
     if export["m"] is not None:
         lines.append(
-            f"The experts of a token all count alike, which the container's router reaches by small logits: its rows "
-            f"less their mean, at unit spread, times 2^-{export['m']}; the weights it then gives are folded into the "
-            "experts' down projections."
+            "All experts that a token chose have the same weight. The container's router gives nearly equal weights "
+            f"because its logits are small: its rows minus their mean, scaled to unit spread, times 2^-{export['m']}. "
+            "These weights are divided out of the experts' down projections."
         )
     return "\n\n".join(lines)
 
@@ -126,7 +128,7 @@ def _quality(origin: Origin, export: Mapping[str, Any]) -> str:
         ("exported model against FactorMix's", f"{parity['tokens']:,} tokens, float32, plain transformers"),
         ("relative error of the logits, experts forced", f"{parity['logit_error']:.2e}"),
         ("routing decisions that differ in the same state", f"{100 * parity['flips']:.4f} %"),
-        ("... where the scores were no tie", f"{100 * parity['flips_beyond_ties']:.4f} %"),
+        ("those where the scores were no tie", f"{100 * parity['flips_beyond_ties']:.4f} %"),
         ("routing decisions that differ, experts free", f"{100 * parity['free_flips']:.4f} %"),
         ("same most likely next token", f"{100 * parity['top1']:.2f} %"),
         ("perplexity, FactorMix / exported", f"{parity['perplexity']:.4f} / {parity['exported_perplexity']:.4f}"),
@@ -137,7 +139,7 @@ def _quality(origin: Origin, export: Mapping[str, Any]) -> str:
         tables.append(_table([("from run.json", ""), *((k, f"{v:,.4g}") for k, v in metrics.items())]))
     for result in origin.results:
         scores = result.get("perplexity", {})
-        lines = [(text, _number(of["base"]), _number(of["model"]), _number(of["ratio"])) for text, of in scores.items()]
+        lines = [(text, *(_number(score[key]) for key in ("base", "model", "ratio"))) for text, score in scores.items()]
         if lines:
             tables.append(_table([("perplexity", "dense", "this model", "ratio"), *lines]))
     return "\n\n".join(tables)
@@ -145,16 +147,18 @@ def _quality(origin: Origin, export: Mapping[str, Any]) -> str:
 
 def _speed(results: Sequence[Mapping[str, Any]]) -> str:
     rows = [
-        (f"{phase} {size}", _number(of["base"]), _number(of["model"]), _number(of["ratio"]))
+        (f"{phase} {size}", *(_number(speed[key]) for key in ("base", "model", "ratio")))
         for result in results
         for phase in ("decode", "prefill")
-        for size, of in result.get(phase, {}).items()
+        for size, speed in result.get(phase, {}).items()
     ]
     if not rows:
         return ""
     settings = next(result["settings"] for result in results if "settings" in result)
     where = f"{settings['machine']}, {settings['dtype']}, {settings['threads']} threads"
-    return f"In FactorMix: {where}.\n\n" + _table([("tokens/s", "dense", "this model", "ratio"), *rows])
+    return f"The speeds are those of FactorMix ({where}).\n\n" + _table(
+        [("tokens/s", "dense", "this model", "ratio"), *rows]
+    )
 
 
 def _number(value: float | None) -> str:
@@ -162,5 +166,4 @@ def _number(value: float | None) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+    return "\n".join(table(rows[0], rows[1:]))

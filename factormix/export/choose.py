@@ -1,4 +1,4 @@
-"""Which container: the one asked for if it holds the model, else the first in the order of `CONTAINERS` that does."""
+"""Choose the container: the one asked for if it holds the model, else the first of `CONTAINERS` that does."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from factormix.run.errors import FactorMixError, choose
 
 @dataclass(frozen=True)
 class Choice:
-    """A container and why.
+    """The chosen container, and the reason.
 
     Attributes:
-        container: which.
-        needs: what it is to hold, after approximations.
-        reason: one sentence.
-        approximations: what `--approximate` does to the model, clause by clause; empty for an exact export.
+        container: the container.
+        needs: the model's needs after approximations.
+        reason: why it was chosen, in one sentence.
+        approximations: the changes that `--approximate` makes to the model, one clause each; empty if it is exact.
     """
 
     container: Container
@@ -31,36 +31,36 @@ class Choice:
 def choose_container(
     needs: Needs, to: str = "auto", approximate: bool = False, among: Iterable[str] = tuple(CONTAINERS)
 ) -> Choice:
-    """The container for a model.
+    """Choose a container for a model.
 
     Args:
-        needs: of the model.
+        needs: the model's needs.
         to: a container's name, or "auto".
-        approximate: change the model where that makes a container hold it, and say how.
-        among: what "auto" may take.
+        approximate: allow changes to the model if they make a container hold it.
+        among: the names that "auto" may choose.
 
     Raises:
-        FactorMixError: an unknown container; none that holds it, with what each lacks, the remedies and the containers
-            that do.
+        FactorMixError: the container is unknown, or none holds the model. The message says what the nearest one lacks,
+            the remedies, and which containers hold it.
     """
     choose("container", to, ["auto", *CONTAINERS])
-    open_to = [CONTAINERS[name] for name in (among if to == "auto" else (to,))]
-    problems = {each.name: each.problems(needs) for each in open_to}
-    for each in open_to:
-        if not problems[each.name]:
-            asked = "it was asked for" if to != "auto" else _why(each, needs)
-            return Choice(each, needs, f"{each.name}: {asked}.")
+    candidates = [CONTAINERS[name] for name in (among if to == "auto" else (to,))]
+    problems = {container.name: container.problems(needs) for container in candidates}
+    for container in candidates:
+        if not problems[container.name]:
+            reason = "it was asked for" if to != "auto" else _why(container, needs)
+            return Choice(container, needs, f"{container.name}: {reason}.")
     if approximate:
-        fitting = [each for each in open_to if all(p.fix is not None for p in problems[each.name])]
-        for each in sorted(fitting, key=lambda c: len(problems[c.name])):
+        fixable = [c for c in candidates if all(problem.fix is not None for problem in problems[c.name])]
+        for container in sorted(fixable, key=lambda c: len(problems[c.name])):
             fixed = needs
-            for problem in problems[each.name]:
+            for problem in problems[container.name]:
                 assert problem.fix is not None
                 fixed = problem.fix(fixed)
-            if not each.problems(fixed):
-                lacks = "; ".join(problem.reason for problem in problems[each.name])
-                costs = tuple(problem.costs for problem in problems[each.name])
-                return Choice(each, fixed, f"{each.name}, approximated: it {lacks}.", costs)
+            if not container.problems(fixed):
+                lacks = "; ".join(problem.reason for problem in problems[container.name])
+                costs = tuple(problem.costs for problem in problems[container.name])
+                return Choice(container, fixed, f"{container.name}, approximated: it {lacks}.", costs)
     raise FactorMixError(_refusal(needs, problems))
 
 

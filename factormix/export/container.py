@@ -1,7 +1,8 @@
-"""Container: one stock MoE architecture that a factored model can be written as; containers/ has a file for each.
+"""Container: a stock MoE architecture that a factored model can be written as. containers/ has a file for each.
 
 A container says what it cannot hold (`problems`), how its router scores (`scoring`), its config (`config`) and the
-names of a sparse FFN's tensors (`tensors`). All else of a decoder has the same names in these families and containers.
+names of a sparse FFN's tensors (`tensors`). All other tensors of a decoder have the same names in these families and
+containers.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from factormix.nn import Layout
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that a container cannot hold.
+    """A need that a container cannot hold.
 
     Attributes:
-        reason: a clause with the container as its subject.
-        remedy: what to do instead, a sentence.
-        fix: what `--approximate` makes of the needs; None where it cannot help.
-        costs: what the fix does to the model, a clause.
+        reason: the problem, as a clause whose subject is the container.
+        remedy: what the user can do instead, as a sentence.
+        fix: how `--approximate` changes the needs; None if it cannot help.
+        costs: how the fix changes the model, as a clause.
     """
 
     reason: str
@@ -44,9 +45,9 @@ class Block:
     Attributes:
         router: (R, H) float32.
         gate_up: (R, 2W, H), gate rows first.
-        down: (R, H, W), times what the container's weights lack.
-        shared_gate_up: (2S, H), gate rows first; None without shared neurons.
-        shared_down: (H, S).
+        down: (R, H, W), already divided by the weight that the container's router gives.
+        shared_gate_up: (2S, H), gate rows first; None without shared neurons. S counts shared neurons here.
+        shared_down: (H, S); None without shared neurons.
     """
 
     router: Tensor
@@ -57,22 +58,23 @@ class Block:
 
 
 class Container(ABC):
-    """A stock architecture; the class attributes say what it has a place for.
+    """A stock architecture. Its class attributes say what it can hold.
 
     Attributes:
-        name: what ``--to`` takes.
-        config_class, model_class: transformers'.
-        router_name: the router's module below a layer; its forward returns (logits, weights, chosen).
-        qk_norms: kinds of `Backbone.qk_norm` it has.
-        norm: `Backbone.norm` it has.
-        biases: pairs (q/k/v, output) of attention biases it can have.
-        qkv_zeros: q, k and v biases are written even where a model has none, as zeros.
-        windows: "none", "all" (every layer or none) or "layers" (layer by layer).
-        multipliers: whether it has Granite's.
-        shared: "no", "yes" or "always" (it must have shared neurons).
-        flips: share of (token, layer) decisions that may differ from FactorMix's in parity.
-        beyond_ties: share of those that may differ though they were no tie.
-        about: one sentence for `auto`'s reason and the docs.
+        name: its name for ``--to``.
+        config_class, model_class: its classes in transformers.
+        about: why `auto` prefers it, as a clause.
+        router_name: name of the router's module below a layer. Its forward returns (logits, weights, chosen).
+        qk_norms: the kinds of `Backbone.qk_norm` that it can have.
+        norm: the `Backbone.norm` that it has.
+        biases: pairs (q/k/v, output) of attention biases that it can have.
+        qkv_zeros: if True, a model without q, k and v biases is written with zeros there.
+        windows: attention windows that it can have: "none", "all" (in every layer or in none) or "layers" (any layers).
+        multipliers: whether it has Granite's multipliers.
+        shared: whether it can hold shared neurons: "no", "yes" or "always" (it must have some).
+        soft: whether it can weigh experts by the sigmoid of their scores.
+        flips: share of (token, layer) routing decisions that may differ from FactorMix's in parity, 0 to 1.
+        beyond_ties: share of decisions that may differ although the scores were no tie, 0 to 1.
     """
 
     name: ClassVar[str]
@@ -93,11 +95,11 @@ class Container(ABC):
 
     @abstractmethod
     def scoring(self, needs: Needs) -> Scoring:
-        """How its router scores, as it is to be configured."""
+        """How its router scores, with the settings that these needs require."""
 
     @abstractmethod
     def own_config(self, needs: Needs) -> dict[str, Any]:
-        """Config fields beyond `backbone.COMMON`."""
+        """Its config fields that are not in `backbone.COMMON`."""
 
     @abstractmethod
     def tensors(self, block: Block) -> dict[str, Tensor]:
@@ -105,7 +107,7 @@ class Container(ABC):
 
     @abstractmethod
     def block(self, tensors: Mapping[str, Tensor]) -> Block:
-        """The inverse of `tensors`; what the container padded stays padded."""
+        """The inverse of `tensors`. Padding that the container added stays."""
 
     def config(self, needs: Needs) -> PretrainedConfig:
         """The config of the exported model."""
@@ -116,7 +118,7 @@ class Container(ABC):
         return self.config_class(**fields, architectures=[self.model_class.__name__])
 
     def problems(self, needs: Needs) -> list[Problem]:
-        """All that keeps `needs` from being held exactly; empty where it can be."""
+        """Every reason why it cannot hold `needs` exactly; empty if it can."""
         return [*self._backbone_problems(needs), *self._ffn_problems(needs)]
 
     def _backbone_problems(self, needs: Needs) -> list[Problem]:
@@ -135,11 +137,14 @@ class Container(ABC):
         kept = needs.cut_context is None and backbone.window is not None
         if kept and (self.windows == "none" or (self.windows == "all" and partial)):
             window = backbone.window
-            found.append(Problem(
-                f"attends to all positions, not to a sliding window of {window} in {sum(backbone.windowed)} layers",
-                elsewhere, lambda n: replace(n, cut_context=window),
-                f"the context ends at {window} positions, up to which nothing changes",
-            ))  # fmt: skip
+            found.append(
+                Problem(
+                    f"attends to all positions, not to a sliding window of {window} in {sum(backbone.windowed)} layers",
+                    elsewhere,
+                    lambda n: replace(n, cut_context=window),
+                    f"the context ends at {window} positions, up to which nothing changes",
+                )
+            )
         return found
 
     def _ffn_problems(self, needs: Needs) -> list[Problem]:
@@ -152,29 +157,43 @@ class Container(ABC):
             )
         if needs.uneven:
             active = sorted({spec.active for spec in needs.specs})
-            found.append(Problem(
-                f"gives every layer the same number of active experts, not {active}",
-                "Factor with --allocation uniform.",
-                lambda n: replace(n, most_active=True), f"every layer runs {needs.active} experts",
-            ))  # fmt: skip
+            found.append(
+                Problem(
+                    f"gives every layer the same number of active experts, not {active}",
+                    "Factor with --allocation uniform.",
+                    lambda n: replace(n, most_active=True),
+                    f"every layer runs {needs.active} experts",
+                )
+            )
         if needs.biased:
-            found.append(Problem(
-                "has no biases in its experts", "Factor a model without FFN biases, or use factormix.load.",
-                lambda n: replace(n, drop_bias=True), "the FFNs' biases are left out",
-            ))  # fmt: skip
+            found.append(
+                Problem(
+                    "has no biases in its experts",
+                    "Factor a model without FFN biases, or use factormix.load.",
+                    lambda n: replace(n, drop_bias=True),
+                    "the FFNs' biases are left out",
+                )
+            )
         if needs.gate == "soft" and not needs.mean_gate and not self.soft:
-            found.append(Problem(
-                "cannot weigh experts by a sigmoid of their scores (gate 'soft')", "Factor with --gate hard.",
-                lambda n: replace(n, mean_gate=True), "every layer's experts are weighed by their mean weight",
-            ))  # fmt: skip
+            found.append(
+                Problem(
+                    "cannot weigh experts by a sigmoid of their scores (gate 'soft')",
+                    "Factor with --gate hard.",
+                    lambda n: replace(n, mean_gate=True),
+                    "every layer's experts are weighed by their mean weight",
+                )
+            )
         if self.shared == "no" and needs.container_shared:
             without = Layout(0, layout.shared + layout.active, layout.slices)
-            found.append(Problem(
-                "has no shared neurons", f"The nearest layout that works is {without}.",
-                lambda n: replace(n, copy_shared=True),
-                f"the shared neurons go into each of the {needs.routed} experts: the same logits, computed "
-                f"{needs.active} times a token",
-            ))  # fmt: skip
+            found.append(
+                Problem(
+                    "has no shared neurons",
+                    f"The nearest layout that works is {without}.",
+                    lambda n: replace(n, copy_shared=True),
+                    f"the shared neurons go into each of the {needs.routed} experts: the same logits, computed "
+                    f"{needs.active} times a token",
+                )
+            )
         if self.shared == "always" and not needs.container_shared:
             with_one = Layout(1, max(1, layout.active - 1), layout.slices)
             found.append(Problem("must have shared neurons", f"The nearest layout that works is {with_one}."))
@@ -182,16 +201,16 @@ class Container(ABC):
 
 
 ROUTED = ("mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-"""Names below a layer of router, gate-up and down projections, wherever the mixture stands in the FFN's place."""
+"""Names of the router, the gate-up and the down projections below a layer, in containers that use the name "mlp"."""
 
 
 def routed_tensors(block: Block) -> dict[str, Tensor]:
-    """Router and experts by the names of `ROUTED`."""
+    """The router's and the experts' tensors by the names of `ROUTED`."""
     return dict(zip(ROUTED, (block.router, block.gate_up, block.down), strict=True))
 
 
 class Unshared(Container):
-    """A mixture and nothing else: no shared neurons, softmax over all experts, the top K renormalised."""
+    """A container without shared neurons. It takes the softmax over all experts and renormalises the top K."""
 
     shared = "no"
 

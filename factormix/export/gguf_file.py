@@ -1,7 +1,7 @@
-"""GGUF: the container's tensors in llama.cpp's format, for the containers in `ARCHITECTURES`.
+"""Write a container in llama.cpp's GGUF format, for the containers in `ARCHITECTURES`.
 
-Matrices become f16 or q8_0; norms, biases and routers stay F32. llama.cpp rotates pairs of neighbours where
-transformers rotates halves, in the architectures that say `permuted`: their query and key rows are interleaved.
+Matrices become f16 or q8_0, while norms, biases and routers stay F32. In the architectures marked `permuted`, llama.cpp
+rotates pairs of neighbouring dimensions where transformers rotates halves. So their query and key rows are interleaved.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ FORMATS = {
     "f16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-BLOCK = 32  # numbers in a row that q8_0 scales together
-NAMES = {  # below a layer, transformers' to llama.cpp's
+BLOCK = 32  # q8_0 has one scale for so many numbers of a row
+NAMES = {  # names below a layer: those of transformers, and those of llama.cpp
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
     "self_attn.q_proj": "attn_q",
@@ -49,16 +49,16 @@ class Architecture:
     """A container in llama.cpp.
 
     Attributes:
-        name: llama.cpp's.
-        permuted: query and key rows are interleaved.
-        describe: adds what this architecture has beside the common fields.
-        rope_scaling: it reads Llama-3's frequency factors.
-        head_size: it reads a head size other than hidden over heads.
-        biases: query, key and value biases are written.
-        untied: it wants an output matrix of its own, be it the embeddings' once more.
+        name: its name in llama.cpp.
+        permuted: whether query and key rows are interleaved.
+        describe: writes the fields that only this architecture has.
+        rope_scaling: whether it reads Llama-3's frequency factors.
+        head_size: whether it can read a head size other than hidden size / heads.
+        biases: whether query, key and value biases are written.
+        untied: whether it needs an output matrix, even if that is a copy of the embeddings.
         norm: its name of the norm before the experts.
-        experts: the config's name of their number.
-        more: what an FFN has beside a router, experts and shared neurons, or has in another form.
+        experts: the config's field with the number of experts.
+        more: tensors of an FFN in addition to router, experts and shared neurons, or in another form than these.
     """
 
     name: str
@@ -107,17 +107,17 @@ def _glm4(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 
 
 def _qwen2_shared(block: Block) -> dict[str, Tensor]:
-    assert block.shared_down is not None  # this container has shared neurons, be they zeros
+    assert block.shared_down is not None  # this container always has shared neurons, which may be zeros
     hidden = block.shared_down.shape[0]
     return {"ffn_gate_inp_shexp.weight": half_open(hidden), "ffn_down_shexp.weight": 2 * block.shared_down}
 
 
 def half_open(hidden: int) -> Tensor:
-    """The gate of qwen2moe's shared neurons as it is always 1/2, (H) float32.
+    """Weights (H) float32 for which the gate of qwen2moe's shared neurons is always 1/2.
 
-    llama.cpp computes its sigmoid as silu(v) / v, which is NaN where v is exactly 0. So v is made of a few coordinates
-    of the input, far apart in size: too small for the sigmoid to leave 1/2 by more than rounding, and 0 only where all
-    of them are.
+    llama.cpp computes the sigmoid as silu(v) / v, which is NaN if v is exactly 0, so the weights must not be zero. They
+    take a few coordinates of the input with very small weights of very different size. Then v is too small to move the
+    sigmoid from 1/2 by more than rounding, and it is 0 only if all these coordinates are 0.
     """
     gate = torch.zeros(hidden)
     sizes = torch.tensor([-30.0, -54.0, -78.0, -102.0])[:hidden]
@@ -143,7 +143,7 @@ ARCHITECTURES = {
 
 
 def gguf_problem(container: Container, needs: Needs) -> str | None:
-    """Why llama.cpp would not compute this model's logits, or None: a sentence."""
+    """Why llama.cpp would not compute this model's logits, as a sentence; None if it would."""
     architecture = ARCHITECTURES.get(container.name)
     backbone = needs.backbone
     if architecture is None:
@@ -170,19 +170,19 @@ def write_gguf(
     quantization: str,
     name: str,
 ) -> None:
-    """Write `state`, a container's, as `file`.
+    """Write a container as a .gguf file.
 
     Args:
-        file: to be made.
+        file: the file to write.
         container: one of `ARCHITECTURES`.
-        config: of the exported model.
-        state: its tensors by transformers' names.
-        tokenizer: goes into the file.
+        config: config of the exported model.
+        state: tensors of the exported model by transformers' names.
+        tokenizer: the tokenizer, which is part of the file.
         quantization: "f16" or "q8_0".
-        name: of the model.
+        name: name of the model.
 
     Raises:
-        FactorMixError: a tokenizer that is not written.
+        FactorMixError: llama.cpp does not have this kind of tokenizer.
     """
     architecture, (kind, file_type) = ARCHITECTURES[container.name], FORMATS[quantization]
     writer = gguf.GGUFWriter(str(file), architecture.name)
@@ -197,7 +197,7 @@ def write_gguf(
         dtype = kind if tensor.dim() > 1 and "ffn_gate_inp" not in label else gguf.GGMLQuantizationType.F32
         data = tensor.detach().float().cpu().contiguous().numpy()
         if dtype == gguf.GGMLQuantizationType.Q8_0 and data.shape[-1] % BLOCK:
-            dtype = gguf.GGMLQuantizationType.F16  # a row that is no whole number of blocks
+            dtype = gguf.GGMLQuantizationType.F16  # the row is not a whole number of blocks
         writer.add_tensor(label, gguf.quants.quantize(data, dtype), raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -223,7 +223,7 @@ def _describe(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
 def _tensors(
     container: Container, config: PretrainedConfig, state: Mapping[str, Tensor], architecture: Architecture
 ) -> list[tuple[str, Tensor]]:
-    """llama.cpp's names and tensors."""
+    """All tensors with their names in llama.cpp."""
     found = [(f"{TOP[n.rpartition('.')[0]]}.weight", t) for n, t in state.items() if n.rpartition(".")[0] in TOP]
     if architecture.untied and config.tie_word_embeddings:
         found.append(("output.weight", state["model.embed_tokens.weight"]))
@@ -247,9 +247,11 @@ def _tensors(
 def _ffn(block: Block) -> dict[str, Tensor]:
     gate, up = block.gate_up.chunk(2, dim=1)  # (R, W, H) each
     named = {
-        "ffn_gate_inp.weight": block.router, "ffn_gate_exps.weight": gate,
-        "ffn_up_exps.weight": up, "ffn_down_exps.weight": block.down,
-    }  # fmt: skip
+        "ffn_gate_inp.weight": block.router,
+        "ffn_gate_exps.weight": gate,
+        "ffn_up_exps.weight": up,
+        "ffn_down_exps.weight": block.down,
+    }
     if block.shared_gate_up is not None and block.shared_down is not None:
         low, high = block.shared_gate_up.chunk(2)  # (S, H) each
         shared = (("gate", low), ("up", high), ("down", block.shared_down))
@@ -258,44 +260,44 @@ def _ffn(block: Block) -> dict[str, Tensor]:
 
 
 def interleaved(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head, (heads * D, ...), from halves (0, 1, ..., D/2, ...) to pairs (0, D/2, 1, D/2 + 1, ...)."""
+    """Reorder the rows of each head from halves to pairs: 0, D/2, 1, D/2 + 1, ...; (heads * D, ...), same shape out."""
     by_half = weight.view(heads, 2, -1, *weight.shape[1:])  # (heads, 2, D / 2, ...)
     return by_half.transpose(1, 2).reshape(weight.shape)
 
 
 def rope_factors(config: PretrainedConfig) -> Tensor:
-    """Llama-3's rope scaling as llama.cpp takes it: what each frequency is divided by, (D / 2)."""
+    """Llama-3's rope scaling in llama.cpp's form: the divisor of each frequency, (D / 2) float32."""
     rope: dict[str, Any] = config.rope_parameters
     frequencies = 1.0 / rope["rope_theta"] ** (np.arange(0, config.head_dim, 2) / config.head_dim)
     waves = 2 * math.pi / frequencies
     context, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
-    smooth = np.clip((context / waves - low) / (high - low), 0.0, 1.0)  # 1 for short waves, which stay
+    smooth = np.clip((context / waves - low) / (high - low), 0.0, 1.0)  # 1 for short waves, which are not scaled
     return torch.tensor(1.0 / ((1 - smooth) / rope["factor"] + smooth), dtype=torch.float32)
 
 
 def llama_cpp_scoring(scoring: Scoring) -> Scoring:
-    """A container's scoring as llama.cpp does it: all experts before it chooses."""
+    """A container's scoring in llama.cpp, which scores all experts before it chooses."""
     return replace(scoring, kind="softmax") if scoring.kind == "topk" else scoring
 
 
 def choose_gguf(needs: Needs, approximate: bool) -> Choice:
-    """The container of a GGUF file, its widths padded to whole blocks.
+    """Choose the container of a GGUF file, with widths padded to whole blocks.
 
     Raises:
-        FactorMixError: none holds the model, or llama.cpp would compute something else from it.
+        FactorMixError: no container holds the model, or llama.cpp would compute other logits.
     """
-    right = [
+    candidates = [
         name
         for name in ARCHITECTURES
         if gguf_problem(CONTAINERS[name], needs) is None and (approximate or not CONTAINERS[name].problems(needs))
     ]
-    choice = choose_container(needs, "auto", approximate, right or ARCHITECTURES)
+    choice = choose_container(needs, "auto", approximate, candidates or ARCHITECTURES)
     if problem := gguf_problem(choice.container, choice.needs):
         raise FactorMixError(f"no GGUF: {problem}")
     return replace(choice, needs=padded(choice.needs))
 
 
 def padded(needs: Needs) -> Needs:
-    """Expert and shared widths in whole blocks, by zero neurons."""
+    """The needs with expert and shared widths rounded up to whole blocks, which zero neurons will fill."""
     width, shared = (-(-n // BLOCK) * BLOCK for n in (needs.width, needs.shared))
     return replace(needs, width=width, shared=shared)

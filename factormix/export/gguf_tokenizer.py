@@ -1,4 +1,4 @@
-"""A tokenizer in a GGUF file: byte-level BPE that splits text in one of the ways llama.cpp knows by name."""
+"""Write a tokenizer into a GGUF file: byte-level BPE that splits text in a way which llama.cpp knows by name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, v
     """Write the tokens, merges, special tokens and chat template of `tokenizer`.
 
     Raises:
-        FactorMixError: not byte-level BPE, or a way of splitting that has no name in llama.cpp.
+        FactorMixError: it is not byte-level BPE, or llama.cpp has no name for its way of splitting text.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     spec = json.loads(backend.to_str()) if backend is not None else {}
@@ -31,8 +31,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, v
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(split_name(spec, type(tokenizer).__name__))
     tokens = {index: token for token, index in model["vocab"].items()}
-    added = {each["id"]: each for each in spec["added_tokens"]}
-    tokens |= {index: each["content"] for index, each in added.items()}
+    added = {token["id"]: token for token in spec["added_tokens"]}
+    tokens |= {index: token["content"] for index, token in added.items()}
     ids = range(max(vocabulary, max(tokens) + 1))
     writer.add_token_list([tokens.get(i, f"[PAD{i}]") for i in ids])
     writer.add_token_types([_kind(i, tokens, added) for i in ids])
@@ -46,10 +46,10 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase, v
 
 
 def split_name(spec: dict[str, Any], kind: str) -> str:
-    """llama.cpp's name of the way a tokenizer.json splits text.
+    """llama.cpp's name for the way in which a tokenizer.json splits text.
 
     Raises:
-        FactorMixError: it has none.
+        FactorMixError: llama.cpp has no name for it.
     """
     steps = spec.get("pre_tokenizer") or {}
     steps = steps.get("pretokenizers", [steps])
@@ -62,8 +62,8 @@ def split_name(spec: dict[str, Any], kind: str) -> str:
         if kinds == ["Split", "ByteLevel"] and (name := SPLITS.get(steps[0]["pattern"].get("Regex", ""))):
             return name
     raise FactorMixError(
-        f"no GGUF: this {kind} is not one whose way of splitting text has a name in llama.cpp here (GPT-2, SmolLM, "
-        "Llama-3, Qwen2). Export another container and convert it with llama.cpp's convert_hf_to_gguf.py."
+        f"no GGUF, because this {kind} splits text in a way that is not supported; allowed: those of GPT-2, SmolLM, "
+        "Llama-3, Qwen2. Export another container and convert it with llama.cpp's convert_hf_to_gguf.py."
     )
 
 

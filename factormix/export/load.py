@@ -1,9 +1,9 @@
-"""The way back: a stock container that FactorMix wrote becomes the factored model again.
+"""Read a stock container that FactorMix wrote back into the factored model.
 
-``factormix.json`` beside the container says what it was made of: the dense config, the sparse sites, how routers and
-down projections were scaled. Powers of two come off exactly, K and R to rounding; a router's mean row is gone, and with
-it nothing that chooses. Routers stay float32 in a bfloat16 model: rounding harms them most. ``factormix.load`` calls
-`from_container` where it finds that file.
+``factormix.json`` beside the container says how it was made: the dense config, the sparse sites, and the scaling of
+routers and down projections. Dividing by powers of two is exact, dividing by K and R is exact to rounding. The mean row
+of a router is lost, but it has no influence on the choice. Routers stay float32 in a bfloat16 model, because rounding
+harms them most. ``factormix.load`` calls `from_container` if it finds that file.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from factormix import checkpoint
 from factormix.export.choose import Choice
 from factormix.export.container import Block, Container
 from factormix.export.containers import CONTAINERS
-from factormix.export.gates import Gates
 from factormix.export.needs import Needs, read_needs
+from factormix.export.router_scale import RouterScale
 from factormix.export.tensors import FFN, folded
 from factormix.nn import SparseFFN, base_class
 from factormix.run.directory import read_json, write_json
@@ -31,42 +31,49 @@ ORIGIN = "factormix.json"
 FORMAT_VERSION = 1
 
 
-def write_origin(folder: Path, model: PreTrainedModel, choice: Choice, gates: Gates) -> None:
-    """Write factormix.json."""
+def write_origin(folder: Path, model: PreTrainedModel, choice: Choice, scale: RouterScale) -> None:
+    """Write factormix.json, which `from_container` reads."""
     base_config = model.config.to_dict()
     factormix = base_config.pop("factormix")
     base_config.pop("_name_or_path", None)
-    write_json(folder / ORIGIN, {
-        "format_version": FORMAT_VERSION,
-        "container": choice.container.name,
-        "approximations": list(choice.approximations),
-        "copy_shared": choice.needs.copy_shared,
-        "m": gates.m,
-        "exponents": gates.exponents,
-        "architecture": base_class(model).__name__,
-        "base_config": base_config,
-        "factormix": factormix,
-    })  # fmt: skip
+    write_json(
+        folder / ORIGIN,
+        {
+            "format_version": FORMAT_VERSION,
+            "container": choice.container.name,
+            "approximations": list(choice.approximations),
+            "copy_shared": choice.needs.copy_shared,
+            "m": scale.m,
+            "exponents": scale.exponents,
+            "architecture": base_class(model).__name__,
+            "base_config": base_config,
+            "factormix": factormix,
+        },
+    )
 
 
 def from_container(folder: Path, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
     """The factored model that `folder` was exported from, in eval mode.
 
+    Args:
+        folder: an exported directory.
+        dtype: dtype of the weights except routers; "auto" is that of the files.
+
     Raises:
-        FactorMixError: an approximated export, a damaged factormix.json, weights missing.
+        FactorMixError: the export was approximated, factormix.json is damaged, or weights are missing.
     """
     origin = read_json(folder / ORIGIN, FORMAT_VERSION)
     container = CONTAINERS[choose("container", origin["container"], CONTAINERS)]
     if origin["approximations"] and not origin["copy_shared"]:
         raise FactorMixError(
-            f"{str(folder)!r} was exported with --approximate ({'; '.join(origin['approximations'])}): it is not the "
-            "model it was made from. Load that one, or this one with transformers."
+            f"{str(folder)!r} was exported with --approximate ({'; '.join(origin['approximations'])}), so it is not "
+            "the model it was made from. Load that model, or load this one with transformers."
         )
     config = checkpoint.FactorMixConfig(origin["base_config"], origin["architecture"], origin["factormix"])
     model = checkpoint.empty(config)
     needs = replace(read_needs(model), copy_shared=origin["copy_shared"])
     layers = len(needs.specs)
-    gates = Gates(origin["m"], tuple(origin["exponents"]), {}, {}, (1.0,) * layers)
+    scale = RouterScale(origin["m"], tuple(origin["exponents"]), {}, {}, (1.0,) * layers)
     auto: Any = AutoModelForCausalLM
     stock, info = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
@@ -77,32 +84,32 @@ def from_container(folder: Path, dtype: torch.dtype | str = "auto") -> PreTraine
     for layer, ffn in enumerate(model.sparse_ffns().values()):  # type: ignore[operator]
         prefix = f"model.layers.{layer}."
         own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        site = _sparse(container.block(own), ffn, container, needs, gates, layer)
+        site = _sparse(container.block(own), ffn, container, needs, scale, layer)
         filled |= {f"{prefix}mlp.{name}": tensor for name, tensor in site.items()}
     target = _dtype(dtype, folder)
     filled = {n: t if n.endswith("router.weight") else t.to(target) for n, t in filled.items()}
     del stock
     found = model.load_state_dict(filled, strict=False, assign=True)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    assert set(found.missing_keys) <= tied and not found.unexpected_keys, found  # the container was whole
+    assert set(found.missing_keys) <= tied and not found.unexpected_keys, found  # checked above for the container
     model.tie_weights()
     _fill_buffers(model)
     return model.eval()
 
 
 def _dtype(dtype: torch.dtype | str, folder: Path) -> torch.dtype:
-    """The dtype asked for; that of the files for "auto"."""
+    """The dtype asked for, or for "auto" that of the files."""
     named = AutoConfig.from_pretrained(folder, local_files_only=True).dtype if dtype == "auto" else dtype
     return getattr(torch, named) if isinstance(named, str) else named or torch.float32
 
 
 @torch.no_grad()
 def _sparse(
-    block: Block, ffn: SparseFFN, container: Container, needs: Needs, gates: Gates, layer: int
+    block: Block, ffn: SparseFFN, container: Container, needs: Needs, scale: RouterScale, layer: int
 ) -> dict[str, Tensor]:
-    """A sparse FFN's tensors from a container's block: the inverse of `tensors.block`."""
-    spec, factor = ffn.spec, folded(ffn.spec, container, needs, gates, layer)
-    back = 0 if gates.m is None else gates.m - gates.exponents[layer]
+    """The tensors of a sparse FFN from a container's block. This is the inverse of `tensors.block`."""
+    spec, factor = ffn.spec, folded(ffn.spec, container, needs, scale, layer)
+    back = 0 if scale.m is None else scale.m - scale.exponents[layer]
     router = torch.ldexp(block.router, torch.tensor(back))  # (R, H)
     gate, up = block.gate_up.chunk(2, dim=1)  # (R, W', H) each
     named = {
@@ -127,7 +134,7 @@ def _over(weight: Tensor, factor: float) -> Tensor:
 
 
 def _fill_buffers(model: PreTrainedModel) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies) are still on the meta device: those of a fresh module."""
+    """Replace modules whose buffers are still on the meta device, because no checkpoint holds rotary frequencies."""
     for name, module in list(model.named_modules()):
         if any(buffer.device.type == "meta" for buffer in module.buffers(recurse=False)):
             parent, _, last = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Needs: what a factored model asks of a container, backbone and sparse FFNs together."""
+"""Read the needs of a factored model: what a container must hold, in its backbone and its sparse FFNs."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from factormix.run.errors import FactorMixError
 
 @dataclass(frozen=True)
 class Needs:
-    """The factored model as a container sees it.
+    """What a container must hold. The last five fields are changes that `--approximate` may make.
 
     Attributes:
-        backbone: what is not FFN.
+        backbone: the parts that are not FFNs.
         specs: the shapes of the sparse FFNs, layer by layer.
-        active: K, experts a token gets; the largest where layers differ (`by_layer` then refuses).
-        routed: R, experts a layer has; the largest where layers differ.
-        width: W, neurons of an expert; narrower ones get zero neurons.
-        shared: neurons that every token gets, 0 for none; fewer get zero neurons.
-        gate: what a chosen expert's output is multiplied by, see `SparseFFN`.
-        copy_shared: the shared neurons go into every expert, divided by K: the same sum, at K times their cost.
-        most_active: every layer gets the largest K.
-        drop_bias: biases of FFNs are left out.
-        mean_gate: a gate that differs by token is replaced by its mean.
-        cut_context: positions that the container is to be limited to.
+        active: K, the experts that run for a token; the largest if layers differ.
+        routed: R, the experts of a layer; the largest if layers differ.
+        width: W, the neurons of an expert; the largest if layers differ, and narrower experts get zero neurons.
+        shared: number of shared neurons; the largest if layers differ, and other layers get zero neurons.
+        gate: how a chosen expert's output is multiplied, see `SparseFFN`.
+        copy_shared: put the shared neurons, divided by K, into every expert. The sum stays, at K times the cost.
+        most_active: run the largest K in every layer.
+        drop_bias: leave out the FFNs' biases.
+        mean_gate: replace a gate that differs by token by its mean.
+        cut_context: the most positions of the container, or None for the model's own.
     """
 
     backbone: Backbone
@@ -46,46 +46,47 @@ class Needs:
 
     @property
     def layout(self) -> Layout:
-        """The first sparse FFN's."""
+        """The layout of the first sparse FFN."""
         return self.specs[0].layout
 
     @property
     def biased(self) -> bool:
-        """True where an FFN has biases that are to be kept."""
+        """True if an FFN has biases that must be kept."""
         return not self.drop_bias and any(spec.up_bias or spec.down_bias for spec in self.specs)
 
     @property
     def uneven(self) -> bool:
-        """True where layers differ in K and are to keep it."""
+        """True if layers differ in K and must keep it."""
         return not self.most_active and len({spec.active for spec in self.specs}) > 1
 
     @property
     def container_shared(self) -> int:
-        """Shared neurons that the container itself must hold."""
+        """Number of shared neurons that the container must hold as shared ones."""
         return 0 if self.copy_shared else self.shared
 
     @property
     def container_width(self) -> int:
-        """Neurons of an expert in the container."""
+        """Number of neurons of an expert in the container."""
         return self.width + (self.shared if self.copy_shared else 0)
 
 
 def read_needs(model: PreTrainedModel) -> Needs:
-    """What `model` asks of a container.
+    """Read the needs of `model`.
 
     Raises:
-        FactorMixError: not factored, no next-token head, or something that no container has a place for, on request
-            or not: dense layers among sparse ones, FFNs without a gate projection, nothing routed.
+        FactorMixError: the model is not factored, has no next-token head, or has a part that no container can hold
+            even with `--approximate`: dense FFNs among sparse ones, FFNs without a gate projection, a router that is
+            not linear, or no routed experts.
     """
     if not isinstance(model, FactorMixMixin):
         raise FactorMixError(
-            f"{type(model).__name__} has no sparse FFN. Other engines load a dense model as it is; to export a sparse "
-            "one, run `factormix factor` first."
+            f"{type(model).__name__} has no sparse FFN, and other engines load a dense model unchanged. To export a "
+            "sparse model, run `factormix factor` first."
         )
     if vocabulary_head(model) != "causal":
         raise FactorMixError(
-            f"{base_class(model).__name__} does not predict next tokens; the engines' containers are causal language "
-            "models (...ForCausalLM). Use factormix.load."
+            f"{base_class(model).__name__} does not predict next tokens; allowed: causal language models "
+            "(...ForCausalLM), because the engines' containers are such models. Use factormix.load."
         )
     refuse_quantised(model, "a container")
     backbone = read_backbone(model.config)
@@ -93,34 +94,35 @@ def read_needs(model: PreTrainedModel) -> Needs:
     layers = backbone.common["num_hidden_layers"]
     if len(specs) < layers:
         raise FactorMixError(
-            f"{layers - len(specs)} of {layers} FFNs are dense; a container has experts in every layer. Factor all "
-            "layers (leave `layers` open)."
+            f"{layers - len(specs)} of {layers} FFNs are dense, but a container has experts in every layer. Factor all "
+            "layers, by leaving out `layers`."
         )
     other = next((spec.router for spec in specs if spec.router != "linear"), None)
     if other:
-        raise FactorMixError(f"the routers are of kind {other!r}; the router of every container is one linear layer.")
+        raise FactorMixError(f"the routers are of kind {other!r}, but containers have linear routers; allowed: linear.")
     if not all(spec.gated for spec in specs):
-        raise FactorMixError("the FFNs have no gate projection; the experts of every container have one.")
+        raise FactorMixError("the FFNs have no gate projection, but the experts of every container have one.")
     pruned = [spec.layout for spec in specs if not spec.layout.routed]
     whole = [layout for layout in pruned if not layout.dropped]
     if whole and len(whole) < len(specs):
         raise FactorMixError(
-            f"{len(whole)} of {len(specs)} FFNs run whole ({whole[0]}), as --allocation global makes them where "
-            "errors cost most; a container has experts in every layer. Factor with --allocation uniform."
+            f"{len(whole)} of {len(specs)} FFNs run whole ({whole[0]}), because --allocation global found errors most "
+            "costly there. A container has experts in every layer. Factor with --allocation uniform."
         )
     if pruned:
         raise FactorMixError(
-            f"layout {pruned[0]} routes nothing: it is static pruning, and a container needs experts. Factor with a "
-            f"layout of at least one active expert, such as {_with_an_expert(pruned[0])}."
+            f"layout {pruned[0]} routes nothing, because it is static pruning, and a container needs experts. Factor "
+            f"with a layout of at least one active expert, such as {_with_an_expert(pruned[0])}."
         )
     return Needs(
-        backbone, specs,
+        backbone,
+        specs,
         active=max(spec.active for spec in specs),
         routed=max(spec.layout.routed for spec in specs),
         width=max(spec.width for spec in specs),
         shared=max(spec.shared * spec.width for spec in specs),
         gate=specs[0].gate,
-    )  # fmt: skip
+    )
 
 
 def _with_an_expert(pruned: Layout) -> Layout:

@@ -1,9 +1,10 @@
-"""Parity: the exported model, loaded by plain transformers, against the factored one, in float32 on real text.
+"""Measure parity: the exported model, loaded by plain transformers, against the factored one, in float32 on real text.
 
-Two runs. Forced: the exported routers are given FactorMix's choices and weigh them as they do. What is left is the
-error of folded weights and uneven gates. Both models are then in the same state, so what the routers would have chosen
-is held against FactorMix's choice, decision by decision. Free: they choose by themselves, as they will for a user. One
-near-tie that falls the other way there changes the states after it, and with them more decisions.
+There are two runs. In the forced run, the exported routers must take FactorMix's choices, and weigh them in their own
+way. What remains is the error of folded weights and uneven weights of experts. Both models are then in the same state,
+so the exported routers' own choices can be compared with FactorMix's, decision by decision. In the free run, the
+exported routers choose by themselves, as they will for a user. One near-tie that is decided differently changes the
+states after it, and so further decisions.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from factormix.export.scoring import Scoring, flipped
 from factormix.run.errors import FactorMixError
 from factormix.run.progress import progress
 
-LEAST_TOKENS = 4096
-LOGIT_ERROR = 1e-3
-TOP1 = 0.995
-PERPLEXITY = 0.002
-TIE = 0.01  # in standard deviations of a layer's scores: closer experts count as tied
+LEAST_TOKENS = 4096  # the fewest tokens of text to compare on
+LOGIT_ERROR = 1e-3  # largest allowed relative error of the logits, choices forced
+TOP1 = 0.995  # least allowed share of tokens with the same most likely next token
+PERPLEXITY = 0.002  # largest allowed relative change of perplexity
+TIE = 0.01  # experts whose scores are closer count as tied; in standard deviations of a layer's scores
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,16 @@ class Parity:
     """How far an exported model is from the factored one.
 
     Attributes:
-        tokens: positions compared.
-        logit_error: |exported - FactorMix| / |FactorMix| over all logits, choices forced.
-        free_logit_error: the same, choices free.
-        flips: share of (token, layer) pairs where the exported router would choose another set of experts, in the
-            state of the forced run.
-        flips_beyond_ties: the share of pairs where it would though FactorMix's own scores were no tie (`TIE`).
-        free_flips: share of pairs where the free choice is another set.
-        top1: share of tokens with the same most likely next token, choices free.
-        perplexity, exported_perplexity: FactorMix's and the exported model's, choices free.
+        tokens: number of positions compared.
+        logit_error: |exported - FactorMix| / |FactorMix| over all logits, with choices forced.
+        free_logit_error: the same with free choices.
+        flips: share of (token, layer) pairs, 0 to 1, for which the exported router would choose another set of experts
+            in the state of the forced run.
+        flips_beyond_ties: share of pairs that flip although FactorMix's scores were no tie (`TIE`).
+        free_flips: share of pairs for which the free choice is another set.
+        top1: share of tokens with the same most likely next token, with free choices.
+        perplexity: perplexity of the factored model.
+        exported_perplexity: perplexity of the exported model, with free choices.
     """
 
     tokens: int
@@ -64,7 +66,7 @@ class Parity:
         return self.exported_perplexity / self.perplexity - 1
 
     def failures(self, container: Container) -> list[str]:
-        """What is outside its limit, a clause each; empty where all is well."""
+        """One clause for each number outside its limit; empty if all are within."""
         limits = [
             ("relative error of the logits, experts forced", self.logit_error, LOGIT_ERROR),
             ("share of routing decisions that differ", self.flips, container.flips),
@@ -72,7 +74,7 @@ class Parity:
             ("share of tokens with another most likely next token", 1 - self.top1, 1 - TOP1),
             ("relative change of perplexity", abs(self.perplexity_change), PERPLEXITY),
         ]
-        return [  # NaN is outside too
+        return [  # the comparison is written so that NaN counts as outside
             f"{what} is {value:.2g}, at most {most:.2g} is allowed" for what, value, most in limits if not value <= most
         ]
 
@@ -85,10 +87,17 @@ class Parity:
 def compare(
     model: PreTrainedModel, folder: Path, container: Container, needs: Needs, packed: Packed, quiet: bool = False
 ) -> Parity:
-    """Load `folder` with plain transformers and compare it with `model` (float32) on `packed`.
+    """Load `folder` with plain transformers and compare it with `model` on text.
+
+    Args:
+        model: the factored model, in float32.
+        folder: the exported directory.
+        container, needs: the container, and the needs it was written with.
+        packed: windows of real text.
+        quiet: show no progress line.
 
     Raises:
-        FactorMixError: the directory does not load whole.
+        FactorMixError: weights of the directory are missing or left over.
     """
     exported = load_plain(folder)
     sums = _Sums()
@@ -98,18 +107,19 @@ def compare(
         with _watched(ours) as seen:
             own = model(input_ids=batch, use_cache=False).logits[0]  # (L, V)
         scores, chosen = [o[0] for o in seen], [o[1] for o in seen]  # layer by layer (L, R), (L, K)
-        with _watched(theirs) as would, _forced(theirs, chosen, container.scoring(needs)):
+        with _watched(theirs) as forced_run, _forced(theirs, chosen, container.scoring(needs)):
             forced = exported(input_ids=batch, use_cache=False).logits[0]  # (L, V)
-        with _watched(theirs) as seen:
+        with _watched(theirs) as free_run:
             free = exported(input_ids=batch, use_cache=False).logits[0]  # (L, V)
         sums.add(ids, scored, own, forced, free)
-        for z, one, other, at_last in zip(scores, chosen, (o[2] for o in would), (o[2] for o in seen)):
-            sums.add_choices(z, one, other, at_last)
+        choices = zip(scores, chosen, (o[2] for o in forced_run), (o[2] for o in free_run))
+        for layer_scores, own_choice, other_choice, free_choice in choices:
+            sums.add_choices(layer_scores, own_choice, other_choice, free_choice)
     return sums.parity()
 
 
 def load_plain(folder: Path) -> PreTrainedModel:
-    """The exported model as any user of transformers gets it, in float32.
+    """Load an exported model as any user of transformers does, in float32.
 
     Raises:
         FactorMixError: weights are missing or left over.
@@ -135,7 +145,7 @@ def exported_routers(exported: PreTrainedModel, container: Container, needs: Nee
 
 @contextlib.contextmanager
 def _watched(routers: list[torch.nn.Module]) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Everything the routers give in one forward, layer by layer."""
+    """Collect the outputs of the routers in one forward, layer by layer."""
     seen: list[tuple[Tensor, ...]] = []
     hooks = [router.register_forward_hook(lambda _module, _inputs, output: seen.append(output)) for router in routers]
     try:
@@ -147,7 +157,7 @@ def _watched(routers: list[torch.nn.Module]) -> Iterator[list[tuple[Tensor, ...]
 
 @contextlib.contextmanager
 def _forced(routers: list[torch.nn.Module], chosen: list[Tensor], scoring: Scoring) -> Iterator[None]:
-    """The routers choose `chosen`, layer by layer (T, K), and weigh them by their own logits."""
+    """Make the routers choose `chosen`, for each layer (T, K), and weigh the experts by their own logits."""
 
     def force(_module: torch.nn.Module, _inputs: Any, output: Any, choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return output[0], scoring.weights(output[0], choice).to(output[1].dtype), choice
@@ -179,10 +189,10 @@ class _Sums:
         self.forced += float((forced - own).double().square().sum())
         self.free += float((free - own).double().square().sum())
         self.same += int((own.argmax(-1) == free.argmax(-1)).sum())
-        at = scored[1:].nonzero()[:, 0]  # positions that predict a scored token
-        self.scored += len(at)
+        positions = scored[1:].nonzero()[:, 0]  # positions whose next token is scored
+        self.scored += len(positions)
         for name, logits in (("nll", own), ("exported_nll", free)):
-            nll = torch.nn.functional.cross_entropy(logits[at].float(), ids[at + 1], reduction="sum")
+            nll = torch.nn.functional.cross_entropy(logits[positions].float(), ids[positions + 1], reduction="sum")
             setattr(self, name, getattr(self, name) + float(nll))
 
     def add_choices(self, scores: Tensor, own: Tensor, other: Tensor, free: Tensor) -> None:
@@ -212,7 +222,7 @@ class _Sums:
 
 
 def _differ(own: Tensor, other: Tensor) -> Tensor:
-    """Where two choices are different sets, (L, K) and (L, K') -> (L) bool; an approximation may choose more."""
+    """True where two choices are different sets: (L, K) and (L, K') -> (L) bool. K' > K for some approximations."""
     if own.shape != other.shape:
         return torch.ones(len(own), dtype=torch.bool)
     return flipped(own.sort(-1).values, other.sort(-1).values)

@@ -1,12 +1,13 @@
-"""Scoring: how a container turns router logits into the experts of a token and their weights.
+"""Describe how a container turns router logits into the experts of a token and their weights.
 
-FactorMix's chosen experts all have weight 1, or the paper's E / K. Containers weigh them by a softmax or a sigmoid of
-their logits. With logits near zero both are nearly uniform and keep their order, so a container's weights become
+In FactorMix all chosen experts have the same weight: 1, or the paper's E / K. Containers weigh them by a softmax or a
+sigmoid of their logits. For logits near zero both are nearly equal and keep their order, so a container's weights are
 
     softmax, top K renormalised    1 / K        softmax, not renormalised    1 / R        sigmoid, renormalised    1 / K
 
-and the down projections are multiplied by K or R (`Scoring.gain`): the same FFN to rounding. How near zero is a
-trade: float32 has fewer distinct softmax values the smaller the logits, so near-ties flip; see gates.py.
+The down projections are multiplied by K or R (`Scoring.gain`), which gives the same FFN to rounding. The logits must
+not be too small: the smaller they are, the fewer distinct softmax values float32 has, so near-ties flip. See
+router_scale.py.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scoring:
-    """A container's router after its logits.
+    """How a container's router goes on from its logits.
 
     Attributes:
-        kind: "topk" chooses by the logits, then softmax over the chosen; "softmax" and "sigmoid" score all experts and
-            choose by the scores.
-        renormalised: the weights of the chosen sum to 1.
-        scale: what the weights are multiplied by at the end (GLM-4's routed_scaling_factor).
+        kind: "topk" chooses by the logits and takes the softmax over the chosen experts. "softmax" and "sigmoid" score
+            all experts and choose by the scores.
+        renormalised: whether the weights of the chosen experts are scaled to sum to 1.
+        scale: factor of the weights (GLM-4's routed_scaling_factor).
     """
 
     kind: Literal["topk", "softmax", "sigmoid"]
@@ -35,17 +36,17 @@ class Scoring:
 
     @property
     def raw(self) -> bool:
-        """The weights are the scores themselves: a soft gate's container."""
+        """True if the weights are the scores themselves, as a soft gate needs."""
         return self.kind == "sigmoid" and not self.renormalised
 
     def scores(self, logits: Tensor) -> Tensor:
-        """What experts are chosen by: logits (T, R) float32 -> (T, R)."""
+        """The scores by which experts are chosen: logits (T, R) float32 -> (T, R)."""
         if self.kind == "topk":
             return logits
         return logits.sigmoid() if self.kind == "sigmoid" else logits.softmax(-1)
 
     def weights(self, logits: Tensor, chosen: Tensor) -> Tensor:
-        """Weights of experts that were chosen already: logits (T, R), chosen (T, K) -> (T, K)."""
+        """The weights of the chosen experts: logits (T, R), chosen (T, K) int64 -> (T, K)."""
         if self.kind == "topk":
             return logits.float().gather(1, chosen).softmax(-1)  # (T, K)
         weights = self.scores(logits.float()).gather(1, chosen)  # (T, K)
@@ -54,18 +55,20 @@ class Scoring:
         return weights * self.scale
 
     def gain(self, active: int, routed: int) -> float:
-        """One over the weight of a chosen expert when all logits are equal: K, R, or less by `scale`. 1 for a sigmoid
-        that is not renormalised: its weights are the gate's own."""
+        """1 / (weight of a chosen expert) if all logits are equal: K or R, divided by `scale`.
+
+        It is 1 for a sigmoid that is not renormalised, because its weights are those of FactorMix's soft gate.
+        """
         if self.raw:
             return 1.0
         return (active if self.renormalised else routed) / self.scale
 
 
 def top(scores: Tensor, active: int) -> Tensor:
-    """The chosen experts as a set: (T, R) -> (T, K), in ascending order."""
+    """The K experts with the highest scores, in ascending order: scores (T, R) -> (T, K) int64."""
     return scores.topk(active, dim=-1).indices.sort(-1).values
 
 
 def flipped(one: Tensor, other: Tensor) -> Tensor:
-    """Where two choices (T, K), both in ascending order, are different sets: (T) bool."""
+    """True where two choices (T, K), both in ascending order, are different sets: (T) bool."""
     return torch.ne(one, other).any(-1)

@@ -1,4 +1,4 @@
-"""Write a container's directory: transformers' own save, so weights have the names that engines expect."""
+"""Write a container's directory with transformers' own save, so that weights have the names that engines expect."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ def write_container(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Config, weights, generation config and tokenizer of the exported model.
+    """Write config, weights, generation config and tokenizer of the exported model.
 
     Args:
         folder: an existing directory.
-        container, needs: what is written.
+        container, needs: the container, and the needs that determine its config.
         state: every tensor, see `container_state`.
-        model: the factored model; its dtype and generation config are taken over.
-        tokenizer: written beside the model, with its chat template.
+        model: the factored model, which gives the dtype and the generation config.
+        tokenizer: written beside the model with its chat template, or None.
 
     Raises:
-        FactorMixError: this transformers has another architecture under the container's name.
+        FactorMixError: the architecture in the installed transformers has other tensors.
     """
     config = container.config(needs)
     config.dtype = model.dtype
@@ -44,8 +44,8 @@ def write_container(
     if set(found.missing_keys) - tied or found.unexpected_keys:
         wrong = sorted({*found.missing_keys, *found.unexpected_keys} - tied)
         raise FactorMixError(
-            f"this transformers' {container.model_class.__name__} has other tensors than {container.name!r} is written "
-            f"with ({', '.join(wrong[:3])}). Use transformers 5.20 or later."
+            f"{container.model_class.__name__} of the installed transformers does not fit container {container.name!r} "
+            f"({', '.join(wrong[:3])} differ). Use transformers 5.20 or later."
         )
     exported.tie_weights()
     if model.generation_config is not None:

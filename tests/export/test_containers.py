@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import factormix
 from factormix.export import CONTAINERS
 from factormix.export.choose import choose_container
-from factormix.export.gates import M
 from factormix.export.needs import read_needs
+from factormix.export.router_scale import M
 from factormix.nn import SparseFFN
 from factormix.run.errors import FactorMixError
 from tests.export.tiny import difference, exported, factored, logits, typical, windows
@@ -51,7 +51,7 @@ def test_a_family_reaches_its_container_and_comes_back(
     model = model_of(family, layout, gate)
     result = exported(model, tmp_path / "out")  # refuses by itself where parity is outside its limits
     assert result.choice.container.name == container and container in result.choice.reason
-    assert (result.gates.m is None) == (gate == "soft")
+    assert (result.router_scale.m is None) == (gate == "soft")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert type(stock) is CONTAINERS[container].model_class
     assert typical(logits(stock), logits(model)) < 1e-3
@@ -211,6 +211,6 @@ def test_plain_transformers_needs_no_factormix(tmp_path: Path) -> None:
 def test_the_record_holds_m_and_parity(tmp_path: Path) -> None:
     result = exported(factored("llama"), tmp_path / "out")
     metrics = json.loads((tmp_path / "out/run.json").read_text())["metrics"]
-    assert metrics["m"] == result.gates.m in M
+    assert metrics["m"] == result.router_scale.m in M
     assert metrics["parity"]["logit_error"] == result.parity.logit_error > 0
     assert metrics["parity"]["tokens"] == 4096

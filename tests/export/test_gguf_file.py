@@ -82,8 +82,8 @@ def test_granite_tensors_and_metadata(quantization: str, error: float, tmp_path:
 
 def test_m_is_chosen_by_how_llama_cpp_scores(tmp_path: Path) -> None:
     model = factored("llama")
-    stock = exported(model, tmp_path / "out").gates
-    read_by_llama_cpp = exported(model, tmp_path / "gguf", to="gguf", tokenizer=bytes_tokenizer()).gates
+    stock = exported(model, tmp_path / "out").router_scale
+    read_by_llama_cpp = exported(model, tmp_path / "gguf", to="gguf", tokenizer=bytes_tokenizer()).router_scale
     assert stock.m == max(stock.flips) and not any(stock.flips.values())  # Granite chooses first: no ties
     assert any(read_by_llama_cpp.flips.values())
 

@@ -1,6 +1,6 @@
-"""The stock containers, one file each. A new one is a class here and a line in `CONTAINERS`.
+"""The stock containers, one file each. To add one, write a class here and a line in `CONTAINERS`.
 
-The order is that of preference: `auto` takes the first that holds a model exactly.
+They are in order of preference: `auto` takes the first that holds a model exactly.
 """
 
 from factormix.export.container import Container
@@ -12,5 +12,6 @@ from factormix.export.containers.qwen2_moe import Qwen2Moe
 from factormix.export.containers.qwen3_moe import Qwen3Moe
 
 CONTAINERS: dict[str, Container] = {
-    each.name: each for each in (Granite(), Mixtral(), Qwen3Moe(), Qwen2Moe(), Glm4Moe(), FlexOlmo())
+    container.name: container for container in (Granite(), Mixtral(), Qwen3Moe(), Qwen2Moe(), Glm4Moe(), FlexOlmo())
 }
+"""The containers by their names for ``--to``."""

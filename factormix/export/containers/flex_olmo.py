@@ -1,4 +1,5 @@
-"""FlexOlmo: OLMo-2's norms, after attention and FFN; softmax over all experts, top K renormalised; none shared."""
+"""FlexOlmo has OLMo-2's norms after attention and FFN, and no shared experts. Its softmax weights of the top K are
+renormalised."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from factormix.export.needs import Needs
 
 
 class FlexOlmo(Unshared):
-    """For OLMo-2 without shared neurons."""
+    """Holds OLMo-2 models without shared neurons."""
 
     name = "flex_olmo"
     config_class = FlexOlmoConfig

@@ -1,7 +1,7 @@
-"""GLM-4-MoE: query and key norms by head or none; ungated shared neurons; sigmoid scores, renormalised or not.
+"""GLM-4-MoE has query and key norms by head or none, ungated shared neurons, and sigmoid scores.
 
-The scale of the weights is a config field (routed_scaling_factor), so a hard gate changes no expert, and a soft gate is
-the container's own form without renormalisation.
+The config sets the scale of the weights (routed_scaling_factor), so a hard gate leaves the experts unchanged. A soft
+gate is the container's own form without renormalisation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from factormix.export.scoring import Scoring
 
 
 class Glm4Moe(Container):
-    """For Qwen3 and Qwen2; on request for Llama and Mistral. The only one that takes the soft gate."""
+    """Holds Qwen3 and Qwen2 models, and on request Llama and Mistral. Only this container holds the soft gate."""
 
     name = "glm4_moe"
     config_class = Glm4MoeConfig
@@ -38,7 +38,7 @@ class Glm4Moe(Container):
 
     def own_config(self, needs: Needs) -> dict[str, Any]:
         backbone, scoring = needs.backbone, self.scoring(needs)
-        rope = dict(backbone.common["rope_parameters"] or {}, partial_rotary_factor=1.0)  # GLM-4's own is 0.5
+        rope = dict(backbone.common["rope_parameters"] or {}, partial_rotary_factor=1.0)  # GLM-4's default is 0.5
         return {
             "rope_parameters": rope,
             "partial_rotary_factor": 1.0,
@@ -61,7 +61,7 @@ class Glm4Moe(Container):
         assert block.shared_gate_up is not None and block.shared_down is not None
         gate, up = block.shared_gate_up.chunk(2)  # (S, H) each
         width = block.down.shape[-1]
-        pad = -len(gate) % width  # the shared part is whole experts wide
+        pad = -len(gate) % width  # the shared part must be whole experts wide
         wide = torch.nn.functional.pad
         return {
             **routed_tensors(block),

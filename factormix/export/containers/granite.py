@@ -1,4 +1,5 @@
-"""GraniteMoeShared: Llama's attention with multipliers; ungated shared neurons of any width; top K before softmax."""
+"""GraniteMoeShared has Llama's attention with multipliers, ungated shared neurons of any width, and top K before the
+softmax."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from factormix.export.scoring import Scoring
 
 
 class Granite(Container):
-    """For Llama, Mistral and Granite."""
+    """Holds Llama, Mistral and Granite models."""
 
     name = "granite"
     config_class = GraniteMoeSharedConfig

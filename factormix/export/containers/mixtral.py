@@ -1,4 +1,5 @@
-"""Mixtral: Mistral's attention with its sliding window; softmax over all experts, top K renormalised; none shared."""
+"""Mixtral has Mistral's attention with its sliding window, and no shared experts. Its softmax weights of the top K are
+renormalised."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from factormix.export.needs import Needs
 
 
 class Mixtral(Unshared):
-    """For Llama and Mistral without shared neurons."""
+    """Holds Llama and Mistral models without shared neurons."""
 
     name = "mixtral"
     config_class = MixtralConfig

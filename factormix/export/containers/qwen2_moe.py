@@ -1,8 +1,8 @@
-"""Qwen2-MoE: q, k, v biases; a shared expert times a sigmoid; softmax over all experts, never renormalised.
+"""Qwen2-MoE has q, k, v biases and a shared expert under a sigmoid gate. Its softmax weights are not renormalised.
 
-The shared expert's gate is zero, hence 0.5, and its down projection doubled: exact. transformers and vLLM could
-renormalise the weights; llama.cpp's qwen2moe never does, so nothing here relies on it. A model without q, k, v biases
-gets zeros, which vLLM wants; one without shared neurons gets a few zero ones.
+The shared expert's gate weights are zero, so the gate is 0.5, and its down projection is doubled: this is exact.
+transformers and vLLM can renormalise the weights, but llama.cpp's qwen2moe cannot, so this container does not. A model
+without q, k, v biases gets zeros there, because vLLM needs them. A model without shared neurons gets a few zero ones.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from factormix.export.container import ROUTED, Block, Container, routed_tensors
 from factormix.export.needs import Needs
 from factormix.export.scoring import Scoring
 
-LEAST_SHARED = 32  # zero neurons where there are no shared ones: llama.cpp takes a width of 0 for one left out
+LEAST_SHARED = 32  # zero neurons of a model without shared ones, because llama.cpp reads a width of 0 as missing
 
 
 class Qwen2Moe(Container):
-    """For Qwen2, and on request for Llama and Mistral."""
+    """Holds Qwen2 models, and on request Llama and Mistral."""
 
     name = "qwen2_moe"
     config_class = Qwen2MoeConfig

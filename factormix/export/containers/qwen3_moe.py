@@ -1,4 +1,4 @@
-"""Qwen3-MoE: query and key norms by head; softmax over all experts, top K renormalised; none shared."""
+"""Qwen3-MoE has query and key norms by head, and no shared experts. Its weights of the top K are renormalised."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from factormix.export.needs import Needs
 
 
 class Qwen3Moe(Unshared):
-    """For Qwen3 without shared neurons."""
+    """Holds Qwen3 models without shared neurons."""
 
     name = "qwen3_moe"
     config_class = Qwen3MoeConfig

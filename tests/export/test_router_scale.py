@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from factormix.export.gates import Gates, M, choose_m, measure_gates
+from factormix.export.router_scale import M, RouterScale, choose_m, measure_router_scale
 from factormix.export.scoring import Scoring, flipped, top
 from tests.export.tiny import factored, windows
 
@@ -34,8 +34,8 @@ def test_a_raw_sigmoid_is_the_soft_gate() -> None:
 
 def test_rows_lose_their_mean_and_keep_their_order_exactly() -> None:
     weight = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)) + 5  # a large common row
-    gates = Gates(12, (3,), {}, {}, (1.0,))
-    rows = gates.rows(weight, 0)
+    scale = RouterScale(12, (3,), {}, {}, (1.0,))
+    rows = scale.rows(weight, 0)
     assert float(rows.double().mean(0).abs().max()) < 1e-9
     exact = (weight.double() - weight.double().mean(0)).float()
     assert torch.equal(rows, exact * 2.0 ** (3 - 12))  # a power of two: no bit is lost
@@ -47,9 +47,9 @@ def test_measured_spread_is_about_one_and_m_is_the_cheapest() -> None:
     model = factored("llama")
     for ffn, factor in zip(model.sparse_ffns().values(), (100.0, 0.01)):
         ffn.router.weight.data *= factor
-    gates = measure_gates(model, windows(), Scoring("softmax"), quiet=True)
-    assert gates.m in M and gates.exponents[1] - gates.exponents[0] in range(10, 17)  # 10^4 is 2^13.3
-    deviations = [gates.deviations[m] for m in M]
+    scale = measure_router_scale(model, windows(), Scoring("softmax"), quiet=True)
+    assert scale.m in M and scale.exponents[1] - scale.exponents[0] in range(10, 17)  # 10^4 is 2^13.3
+    deviations = [scale.deviations[m] for m in M]
     assert deviations == sorted(deviations, reverse=True)
     assert deviations[0] / deviations[-1] == pytest.approx(16, rel=0.1)
 
@@ -68,7 +68,7 @@ def test_choose_m(flips: tuple[float, ...], deviations: tuple[float, ...], m: in
 
 def test_ties_of_float32_are_counted() -> None:
     """Two experts closer than float32's softmax can tell are chosen by chance."""
-    from factormix.export.gates import _cost
+    from factormix.export.router_scale import _cost
 
     close = 1e-5 * torch.randn(1000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     logits = torch.cat([0.5 + close, torch.full((1000, 1), 0.5), torch.full((1000, 1), -1.0)], dim=1)  # (T, R)
@@ -78,7 +78,7 @@ def test_ties_of_float32_are_counted() -> None:
 
 def test_a_soft_gate_is_measured_by_its_mean() -> None:
     model = factored("llama", gate="soft")
-    gates = measure_gates(model, windows(), Scoring("sigmoid", renormalised=False), quiet=True)
-    assert gates.m is None and all(0.5 < mean < 1 for mean in gates.means)
+    scale = measure_router_scale(model, windows(), Scoring("sigmoid", renormalised=False), quiet=True)
+    assert scale.m is None and all(0.5 < mean < 1 for mean in scale.means)
     weight = model.sparse_ffns()[0].router.weight
-    assert torch.equal(gates.rows(weight, 0), weight)
+    assert torch.equal(scale.rows(weight, 0), weight)
