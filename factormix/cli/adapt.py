@@ -107,7 +107,7 @@ def adapt(
     kind = train.kind if isinstance(train, Labelled) else "causal-lm" if train.kind == "knowledge" else "text"
     spec = task_adapters.TaskAdapterSpec.of_config(config, str(kind))
     plan = f"{kind}: {len(train)} examples to train on, {len(held)} to choose on; task adapter {spec.kind}"
-    plan += f", {config.gate} gates over {', '.join(folders)}" if folders else ", no domains"
+    plan += f", {config.gate_kind} gates over {', '.join(folders)}" if folders else ", no domains"
     if dry_run:
         typer.echo(plan)
         return

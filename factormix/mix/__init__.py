@@ -1,6 +1,6 @@
-"""MixDA: domain knowledge beside frozen FFNs (stage 1), merging it into them, and mixing domains for a task (stage 2).
+"""MixDA: train domain knowledge beside frozen FFNs (stage 1), merge it into them, mix domains for a task (stage 2).
 
-The names below are imported when they are first used: they bring PEFT along, which most of FactorMix does without.
+The names below are imported when they are first used, because they import PEFT, which most of FactorMix does not need.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from factormix.mix.adapt_config import AdaptConfig
     from factormix.mix.adapter_files import load_adapters, save_adapter
+    from factormix.mix.batches import stage1_batches
     from factormix.mix.config import InjectConfig
     from factormix.mix.load import load_mix, save_mix
     from factormix.mix.merge import merge_adapters
@@ -31,6 +32,7 @@ _HOME = {
     "merge_adapters": "merge",
     "save_adapter": "adapter_files",
     "save_mix": "load",
+    "stage1_batches": "batches",
 }
 __all__ = [
     "AdaptConfig",
@@ -44,6 +46,7 @@ __all__ = [
     "merge_adapters",
     "save_adapter",
     "save_mix",
+    "stage1_batches",
 ]
 
 

@@ -1,17 +1,16 @@
-"""A stage-2 directory: written whole or not at all, and loaded onto a base with everything it names.
+"""Write a stage-2 directory, completely or not at all, and load it onto a base.
 
     gate/               gate.json, gate.safetensors: domains in order with their hashes (absent without domains)
     task_adapter/       PEFT's two files for LoRA and prefix; task_adapter.json and .safetensors for bottlenecks
     head.safetensors    weight, bias (absent for language tasks)
     task.json           task, labels, metric, base, domains in order by relative path and hash, hash of every file above
-    run.json            what made it
+    run.json            the record of the run
 
-The base and the domain adapters stay where they are: the directory holds what stage 2 trained, and nothing else.
+The directory holds only the parts that stage 2 trained. The base and the domain adapters stay where they are.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,15 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from factormix.mix.adapter_files import CONFIG as PEFT_CONFIG
-from factormix.mix.adapter_files import WEIGHTS as PEFT_WEIGHTS
-from factormix.mix.gate_files import (
-    GATE,
-    check_domains,
-    domain_hashes,
-    read_gate_config,
-    save_gates,
-)
+from factormix.mix.gate_files import GATE, check_domains, domain_hashes, read_gate_config, save_gates
 from factormix.mix.gated import fill_gates
 from factormix.mix.mix_model import MixModel
 from factormix.mix.task import Task
@@ -53,19 +44,20 @@ def save_mix(
     overwrite: bool = False,
     run: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a stage-2 directory, atomically.
+    """Write a stage-2 directory. If writing fails, nothing is left of it.
 
     Args:
-        mix: what `adapt` returned.
-        task: the same.
-        domains: the adapter directories that `mix` was made with.
-        path: the directory.
-        base: {"model", "identity"}: how a reader finds the base, and a hash to know it by; recorded, not checked here.
-        overwrite: replace what is there.
-        run: what made it, written as run.json.
+        mix: the model that `adapt` returned.
+        task: the task that `adapt` returned.
+        domains: the adapter directories that `mix` was made with, by name.
+        path: the directory to write.
+        base: {"model", "identity"}: the name under which a reader finds the base, and its hash. They are recorded, but
+            not checked here.
+        overwrite: replace an existing directory.
+        run: the record of the run, written as run.json.
 
     Raises:
-        FactorMixError: an existing directory, a full disk.
+        FactorMixError: the directory exists and `overwrite` is False, or the disk is full.
     """
     target = Path(path).resolve()
     with output_directory(path, overwrite) as folder:
@@ -74,7 +66,8 @@ def save_mix(
             save_gates(mix.gates, domains, folder / GATE)
         if mix.task_adapter.spec.kind != "none":
             (folder / TASK_ADAPTER).mkdir()
-            _save_task_adapter(mix, folder / TASK_ADAPTER)
+            mix.task_adapter.write_config(folder / TASK_ADAPTER)
+            write_tensors(folder / TASK_ADAPTER / mix.task_adapter.files[1], mix.task_adapter.tensors())
         if mix.head is not None:
             write_tensors(folder / HEAD, mix.head.state_dict())
         files = sorted(file for file in folder.rglob("*") if file.is_file())
@@ -83,7 +76,7 @@ def save_mix(
             "format_version": FORMAT_VERSION,
             "task": task.to_dict(),
             "base": dict(base or {}),
-            "domains": [{**each, "path": places[each["name"]]} for each in domain_hashes(domains)],
+            "domains": [{**domain, "path": places[domain["name"]]} for domain in domain_hashes(domains)],
             "task_adapter": asdict(mix.task_adapter.spec),
             "files": {str(file.relative_to(folder)): sha256(file) for file in files},
         }
@@ -93,10 +86,10 @@ def save_mix(
 
 
 def read_task(path: str | Path) -> dict[str, Any]:
-    """task.json of a stage-2 directory, whose files are all there and unaltered.
+    """Read task.json of a stage-2 directory, and check the hashes of all its files.
 
     Raises:
-        FactorMixError: names the file that is missing, altered or damaged.
+        FactorMixError: a file is missing, altered or damaged; the message names it.
     """
     folder = Path(path)
     values = read_json(folder / TASK, FORMAT_VERSION)
@@ -110,16 +103,21 @@ def task_in(values: Mapping[str, Any]) -> Task:
 
 
 def domain_folders(path: str | Path, values: Mapping[str, Any]) -> dict[str, Path]:
-    """The adapter directories that task.json names, relative to the stage-2 directory, in order.
+    """The adapter directories that task.json names relative to the stage-2 directory, in order.
+
+    Args:
+        path: the stage-2 directory.
+        values: its task.json.
 
     Raises:
-        FactorMixError: one is not there.
+        FactorMixError: a directory does not exist.
     """
-    folders = {each["name"]: Path(os.path.normpath(Path(path).resolve() / each["path"])) for each in values["domains"]}
+    here = Path(path).resolve()
+    folders = {domain["name"]: Path(os.path.normpath(here / domain["path"])) for domain in values["domains"]}
     for name, folder in folders.items():
         if not folder.is_dir():
             raise FactorMixError(
-                f"domain {name!r} of {str(path)!r} should be at {str(folder)!r}, and is not. Put its adapter there."
+                f"domain {name!r} of {str(path)!r} should be at {str(folder)!r}, but is not. Put its adapter there."
             )
     return folders
 
@@ -130,17 +128,20 @@ def load_mix(
     domains: Mapping[str, str | Path] | None = None,
     trainable: bool = False,
 ) -> tuple[MixModel, Task]:
-    """Load everything of a stage-2 directory onto its base: domain adapters, gates, task adapter, head.
+    """Load a stage-2 directory onto its base: domain adapters, gates, task adapter and head.
 
     Args:
-        path: the directory.
+        path: the stage-2 directory.
         model: the base, changed in place.
-        domains: adapter directories by name, in order, where they have moved; by default those task.json names.
-        trainable: let what stage 2 trained train again.
+        domains: adapter directories by name, in order, if they have moved. By default those that task.json names.
+        trainable: make the parameters that stage 2 trained trainable again.
+
+    Returns:
+        The model in eval mode, and its task.
 
     Raises:
-        FactorMixError: a file missing, altered or damaged; domains in another order or with other weights; another
-            base than it was made from.
+        FactorMixError: a file is missing, altered or damaged; the domains are in another order or have other weights;
+            or the base is another one.
     """
     folder, values = Path(path), read_task(path)
     folders = dict(domains) if domains is not None else domain_folders(path, values)
@@ -150,13 +151,13 @@ def load_mix(
         check_domains(gates, folders, folder / GATE)
         start = {"gate": gates["kind"], "start": gates["start"]}
     elif folders:
-        raise FactorMixError(f"{str(path)!r} was made without domains; received {', '.join(folders)}. Give none.")
+        raise FactorMixError(f"{str(path)!r} was made without domains, but received {', '.join(folders)}. Give none.")
     task, spec = task_in(values), TaskAdapterSpec(**values["task_adapter"])
     mix = MixModel(model, folders, spec, task.outputs, task.pooling, **start)
     if mix.gates:
         fill_gates(mix.gates, folder / GATE)
     if spec.kind != "none":
-        mix.task_adapter.fill(read_tensors(folder / TASK_ADAPTER / _adapter_files(spec.kind)[1]))
+        mix.task_adapter.fill(read_tensors(folder / TASK_ADAPTER / mix.task_adapter.files[1]))
     if mix.head is not None:
         head = read_tensors(folder / HEAD)
         check_tensors({n: p.detach() for n, p in mix.head.named_parameters()}, head, f"head {str(folder / HEAD)!r}")
@@ -165,23 +166,3 @@ def load_mix(
     mix.set_trainable(trainable)
     mix.assert_trainable(trainable, "after load")
     return mix.eval(), task
-
-
-def _adapter_files(kind: str) -> tuple[str, str]:
-    """Names of config and weights."""
-    return (
-        (PEFT_CONFIG, PEFT_WEIGHTS) if kind in ("lora", "prefix") else ("task_adapter.json", "task_adapter.safetensors")
-    )
-
-
-def _save_task_adapter(mix: MixModel, folder: Path) -> None:
-    adapter = mix.task_adapter
-    config, weights = _adapter_files(adapter.spec.kind)
-    if adapter.spec.kind in ("lora", "prefix"):
-        adapter.config.save_pretrained(str(folder))  # type: ignore[operator, union-attr]
-        values = json.loads((folder / config).read_text(encoding="utf-8"))
-        values |= {"base_model_name_or_path": None, "inference_mode": True}
-        write_json(folder / config, values)
-    else:
-        write_json(folder / config, asdict(adapter.spec))
-    write_tensors(folder / weights, adapter.tensors())

@@ -1,14 +1,14 @@
-"""MixModel: a frozen backbone with frozen domain adapters, and what stage 2 trains above them (MixDA, section 3.3).
+"""MixModel: a frozen backbone with frozen domain adapters, and the parts that stage 2 trains (MixDA, section 3.3).
 
     gates over the domains at every adapted FFN  +  a task adapter  +  a head  =  `trained`, and nothing else
 
-Which parameters train is an explicit set of names. It is held against the model before and after everything that PEFT
-is known to change it by: train, enable, disable, load, generate.
+An explicit set of names says which parameters train. The model is checked against this set before and after training,
+enabling, disabling, loading and generating, because PEFT is known to change trainability there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -24,16 +24,16 @@ from factormix.mix.gated import OWN, fill_own_gates, put_gates
 from factormix.mix.losses import no_cache
 from factormix.mix.peft_task_adapters import LoraAdapter, PrefixAdapter
 from factormix.mix.peft_tuner import assert_trainable, domain_layer, trainable_names
-from factormix.mix.task_adapters import ACTIVATION, BottleneckAdapters, TaskAdapter, TaskAdapterSpec
+from factormix.mix.task_adapters import BottleneckAdapters, TaskAdapter, TaskAdapterSpec
 from factormix.mix.trained import hold_only_trained
 from factormix.nn import DomainGate, sites_of
-from factormix.run.errors import FactorMixError
+from factormix.run.errors import FactorMixError, choose
 
-HEAD_STD = 0.02  # of the head's weight at the start
+HEAD_STD = 0.02  # standard deviation of the head's weight at the start
 
 
 class TaskHead(nn.Module):
-    """A linear head over one pooled state a sequence, float32: (N, H) -> (N, outputs)."""
+    """A linear head that reads one pooled state per sequence, in float32: (N, H) -> (N, outputs)."""
 
     def __init__(self, hidden: int, outputs: int) -> None:
         super().__init__()
@@ -49,25 +49,30 @@ class TaskHead(nn.Module):
 class MixModel(nn.Module):
     """Backbone, domains, gates, task adapter and head; see the module's text.
 
-    A checkpoint of it (``state_dict``) holds what trains, by the names in `trained`.
+    Its ``state_dict`` holds only the parameters that train, by the names in `trained`.
 
     Args:
         model: the base, dense or FactorMix, changed in place.
-        domains: adapter directories by name, in the order of the gates' weights; none for a baseline without domains.
-        adapter: the task adapter.
-        outputs: of the head; 0 for none, then the model's own language-modelling head answers.
-        pooling: token the head reads, "last", "mean" or "first".
-        gate, start: kind and start of the gates, see `DomainGate`; start "own": each domain's own.
+        domains: adapter directories by name, in the order of the gates' weights. It is empty for a baseline without
+            domains.
+        adapter: kind and sizes of the task adapter.
+        outputs: outputs of the head. 0 makes no head, and the model's own language-modelling head answers.
+        pooling: state that the head reads, a key of `POOLINGS`.
+        gate: kind of the gates, see `DomainGate`.
+        start: start of the gates, see `DomainGate`. "own" takes each adapter's own gate.
 
     Attributes:
-        model: the base with everything in it.
-        domains: the names, in order.
+        model: the base with all parts in it.
+        domains: names of the domains, in order.
         layers: the FFNs with domain adapters, by site index.
-        task_adapter, head: what was asked for; head is None for language tasks.
-        mask: of the last forward, (N, L); what reads the gates' weights leaves padding out by it.
+        task_adapter: the task adapter.
+        head: the head, or None for language tasks.
+        mask: attention mask (N, L) of the last forward, so that readers of the gates' weights can leave out padding.
+        trained: names of the parameters that train.
 
     Raises:
-        FactorMixError: an encoder-decoder; as `load_adapters`, `fill_own_gates` and `make_task_adapter`.
+        FactorMixError: the model is an encoder-decoder, the pooling is unknown, there is nothing to train, or
+            `load_adapters`, `fill_own_gates` or `make_task_adapter` refuses.
     """
 
     def __init__(
@@ -85,13 +90,15 @@ class MixModel(nn.Module):
             raise FactorMixError(
                 f"{type(model).__name__} is an encoder-decoder; stage 2 needs one stack, a decoder or an encoder."
             )
+        if outputs:
+            choose("pooling", pooling, POOLINGS)
         sites = sites_of(model)
         self.model, self.domains, self.pooling = model, list(domains), pooling
         self.config, self.mask = model.config, torch.ones(0, 0)
-        if hasattr(model, "hf_device_map"):  # a Trainer leaves a model where it is spread over devices
+        if hasattr(model, "hf_device_map"):  # this tells a Trainer not to move a model that is spread over devices
             self.hf_device_map = model.hf_device_map
         peft = load_adapters(model, domains) if domains else None
-        self.__dict__["peft"] = peft  # not registered: it holds the same model
+        self.__dict__["peft"] = peft  # not registered, because it contains the same model
         gates = put_gates(model, sites, self.domains, gate, "on" if start == OWN else start)
         if start == OWN:
             fill_own_gates(gates, domains)
@@ -107,7 +114,8 @@ class MixModel(nn.Module):
         self.trained = frozenset(name for name, p in self.named_parameters() if id(p) in chosen)
         if not self.trained:
             raise FactorMixError(
-                "nothing to train: no domain, no task adapter and no head. Name a domain with --domains."
+                "nothing to train, because there is no domain, no task adapter and no head. Name a domain with "
+                "--domains."
             )
         hold_only_trained(self)
         self.set_trainable(False)
@@ -115,30 +123,30 @@ class MixModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Of the base."""
+        """The base's device."""
         return self.model.device
 
     @property
     def gates(self) -> dict[int, DomainGate]:
-        """By site index."""
+        """The gates by site index."""
         return {index: cast(DomainGate, layer.gate) for index, layer in self.layers.items()}
 
     def set_trainable(self, on: bool) -> None:
-        """Let exactly `trained` take gradients, or nothing."""
+        """Make exactly the parameters in `trained` trainable, or none if `on` is False."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(on and name in self.trained)
 
     def assert_trainable(self, on: bool, when: str) -> None:
-        """Hold what trains against `trained` (on) or nothing.
+        """Check that exactly the parameters in `trained` are trainable, or none if `on` is False.
 
         Raises:
-            AssertionError: they differ; a defect of ours or of PEFT's.
+            AssertionError: other parameters are trainable, which is a defect of FactorMix or of PEFT.
         """
         assert_trainable(self, set(self.trained) if on else set(), when)
 
     @contextmanager
     def disabled(self) -> Iterator[PreTrainedModel]:
-        """The base alone, bit for bit: no domain adapter, gate or task adapter. Afterwards everything as before."""
+        """Switch off domain adapters, gates and task adapter. The base then runs alone, bit for bit as before."""
         before = trainable_names(self)
         self._enable(False, before)
         try:
@@ -155,10 +163,11 @@ class MixModel(nn.Module):
         assert_trainable(self, trainable, "after enable" if on else "after disable")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """input_ids, attention_mask (N, L) -> the head's (N, outputs), or without a head (N, L, vocabulary); float32.
+        """The head's outputs (N, outputs), or without a head the model's logits (N, L, vocabulary), both float32.
 
-        With a head, padding may be anywhere and changes nothing but rounding. Without, it stands on the right:
-        positions are counted from the start of the row.
+        Args:
+            input_ids, attention_mask: (N, L) int64. With a head, padding may be anywhere and changes only rounding.
+                Without a head it must be on the right, because positions are counted from the start of the row.
         """
         if self.head is not None:
             return cast(Tensor, self.head(self.pooled(input_ids, attention_mask)))
@@ -167,23 +176,16 @@ class MixModel(nn.Module):
         return cast(Tensor, logits.float())  # (N, L, V)
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """One state a sequence: input_ids, attention_mask (N, L) -> (N, H)."""
+        """The state of each sequence that the head reads: input_ids, attention_mask (N, L) -> (N, H)."""
         order = attention_mask.argsort(dim=1, descending=True, stable=True)  # (N, L): text first, padding behind
         ids, mask = input_ids.gather(1, order), attention_mask.gather(1, order)  # (N, L)
         self.mask = mask
         backbone = self.model.base_model
         states = backbone(input_ids=ids, **self._around(ids, mask)).last_hidden_state  # (N, L, H)
-        mask = mask.to(states.device)
-        if self.pooling == "first":
-            return cast(Tensor, states[:, 0])
-        if self.pooling == "last":
-            last = mask.sum(1) - 1  # (N,)
-            return cast(Tensor, states[torch.arange(len(ids), device=states.device), last])
-        weights = mask.unsqueeze(-1).float()  # (N, L, 1)
-        return (states.float() * weights).sum(1) / weights.sum(1)  # (N, H)
+        return POOLINGS[self.pooling](states, mask.to(states.device))  # (N, H)
 
     def _around(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-        """What goes with the ids: the mask, a prefix where there is one, and no keys and values kept."""
+        """The model's arguments beside the ids: the mask, the prefix if there is one, and use_cache=False."""
         prefix = self.task_adapter.prefix(len(ids))
         uncached = no_cache(self.model)
         if not prefix:
@@ -193,25 +195,25 @@ class MixModel(nn.Module):
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Tensor:
-        """transformers' generate with domains, gates and task adapter; one sequence for each prompt.
+        """Generate with domains, gates and task adapter, one sequence for each prompt.
 
         Args:
-            input_ids, attention_mask: (N, L), padded on the left.
-            kwargs: its other arguments.
+            input_ids, attention_mask: (N, L) int64, padded on the left.
+            kwargs: other arguments of transformers' generate.
 
         Returns:
-            (N, L + new), prompts first.
+            (N, L + new) int64, the prompts and the new tokens.
 
         Raises:
-            FactorMixError: a model that does not generate.
+            FactorMixError: the model does not generate.
         """
         if not self.model.can_generate():
-            raise FactorMixError(f"{type(self.model).__name__} does not generate text; only decoders do.")
+            raise FactorMixError(f"{type(self.model).__name__} does not generate text; allowed: decoders.")
         before = trainable_names(self)
         prefix = self.task_adapter.prefix(len(input_ids))
         count = self.task_adapter.spec.tokens if prefix else 0
-        # generate() passes over as many ids as its cache holds, so the prefix needs ids that stand for it. Generate of
-        # PEFT 0.21 gives other tokens than forward does (seen with transformers 5.24).
+        # generate() skips as many ids as its cache holds, so ids are added for the prefix. PEFT 0.21's own generate is
+        # not used, because it gives other tokens than forward does (seen with transformers 5.24).
         ids = torch.cat([input_ids[:, :1].expand(-1, count), input_ids], dim=1)  # (N, P + L)
         mask = torch.cat([attention_mask.new_ones(len(ids), count), attention_mask], dim=1)  # (N, P + L)
         generate: Any = self.model.generate
@@ -220,12 +222,12 @@ class MixModel(nn.Module):
         return cast(Tensor, out[:, count:])
 
     def trained_tensors(self) -> dict[str, Tensor]:
-        """Copies of what trains, on the CPU."""
+        """Copies of the parameters that train, on the CPU."""
         return {name: p.detach().cpu().clone() for name, p in self.named_parameters() if name in self.trained}
 
     @torch.no_grad()
     def fill_trained(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put `trained_tensors` back."""
+        """Write the copies of `trained_tensors` back."""
         named = dict(self.named_parameters())
         assert tensors.keys() == self.trained
         for name, tensor in tensors.items():
@@ -233,23 +235,47 @@ class MixModel(nn.Module):
 
     @property
     def peft(self) -> PeftModel | None:
-        """The same model in PEFT's wrapper, None without domains."""
+        """The same model in PEFT's wrapper, or None without domains."""
         return cast("PeftModel | None", self.__dict__["peft"])
 
 
+def _last(states: Tensor, mask: Tensor) -> Tensor:
+    """States (N, L, H) and mask (N, L), padded on the right -> the last token's state (N, H)."""
+    return states[torch.arange(len(states), device=states.device), mask.sum(1) - 1]
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    """States (N, L, H) and mask (N, L) -> the mean over tokens that are not padding (N, H) float32."""
+    weights = mask.unsqueeze(-1).float()  # (N, L, 1)
+    return (states.float() * weights).sum(1) / weights.sum(1)
+
+
+POOLINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "first": lambda states, mask: states[:, 0],
+    "last": _last,
+    "mean": _mean,
+}
+"""How the states of a sequence become the one that the head reads: (states (N, L, H), mask (N, L)) -> (N, H)."""
+
+TASK_ADAPTERS: dict[str, Callable[[TaskAdapterSpec, PreTrainedModel, Sequence[FFNSite]], TaskAdapter]] = {
+    "pfeiffer": BottleneckAdapters,
+    "houlsby": BottleneckAdapters,
+    "lora": LoraAdapter,
+    "prefix": lambda spec, model, sites: PrefixAdapter(spec, model),
+    "none": lambda spec, model, sites: TaskAdapter(spec),
+}
+"""How a task adapter of each kind is made; the kinds are those of `adapt_config.TASK_ADAPTERS`."""
+
+
 def make_task_adapter(spec: TaskAdapterSpec, model: PreTrainedModel, sites: Sequence[FFNSite]) -> TaskAdapter:
-    """A fresh task adapter in a model whose domain adapters stand already.
+    """Make a fresh task adapter in a model that already has its domain adapters.
 
     Args:
-        spec: which, and how large.
-        model: changed in place; its output stays what it was (but for a prefix, which starts at random).
-        sites: the model's FFNs, found before anything was put beside them.
+        spec: kind and sizes.
+        model: changed in place. Its output stays unchanged, except under a prefix, which starts at random.
+        sites: the model's FFNs, found before adapters were put beside them.
 
     Raises:
-        FactorMixError: a family where this kind has no place, with the reason.
+        FactorMixError: the kind is unknown, or it does not fit the model's family.
     """
-    if spec.kind == "none":
-        return TaskAdapter(spec)
-    if spec.kind in ACTIVATION:
-        return BottleneckAdapters(spec, model, sites)
-    return LoraAdapter(spec, model, sites) if spec.kind == "lora" else PrefixAdapter(spec, model)
+    return TASK_ADAPTERS[choose("task adapter", spec.kind, TASK_ADAPTERS)](spec, model, sites)

@@ -1,17 +1,19 @@
-"""Task adapters that PEFT makes: LoRA and prefix tuning, inside a model whose domain adapters are PEFT's too.
+"""Task adapters from PEFT: LoRA and prefix tuning, inside a model whose domain adapters are in PEFT's container too.
 
-Both files of the directory are PEFT's (adapter_config.json, adapter_model.safetensors, its names of tensors), so
-``PeftModel.from_pretrained(base, "task_adapter")`` takes them on the base without domains.
+Their directory has PEFT's two files (adapter_config.json, adapter_model.safetensors) with PEFT's names of tensors. So
+``PeftModel.from_pretrained(base, "task_adapter")`` loads them onto the base without domains.
 """
 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, ClassVar, cast
 
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, TaskType
+from peft import LoraConfig, PeftConfig, PeftModel, PrefixTuningConfig, TaskType
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -19,18 +21,41 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from factormix.ffn import FFNSite
+from factormix.mix.adapter_files import CONFIG, WEIGHTS
 from factormix.mix.task_adapters import TaskAdapter, TaskAdapterSpec, check_tensors
+from factormix.run.directory import write_json
 from factormix.run.errors import FactorMixError
 
-NAME = "task"  # what PEFT calls the adapter
-CACHE_ARGUMENTS = ("cache", "past_key_values")  # newer and older transformers
+NAME = "task"  # the adapter's name in PEFT
+CACHE_ARGUMENTS = ("cache", "past_key_values")  # the argument's names in newer and older transformers
 _IN_PEFT_FILES = "base_model.model."
 
 
-class LoraAdapter(TaskAdapter):
-    """LoRA on the attention projections that PEFT chooses for the family; alpha is twice the rank.
+class _PeftAdapter(TaskAdapter):
+    """A task adapter whose directory is PEFT's."""
 
-    Its weights are inside the model; nothing of it is registered here.
+    files: ClassVar[tuple[str, str]] = (CONFIG, WEIGHTS)
+    config: PeftConfig
+
+    def write_config(self, folder: Path) -> None:
+        """Write adapter_config.json into a folder."""
+        self.config.save_pretrained(str(folder))
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        write_json(folder / CONFIG, values | {"base_model_name_or_path": None, "inference_mode": True})
+
+
+class LoraAdapter(_PeftAdapter):
+    """LoRA on the attention projections that PEFT chooses for the family. alpha is twice the rank.
+
+    Its weights are inside the model, and none of them is registered in this module.
+
+    Args:
+        spec: gives the rank.
+        model: changed in place.
+        sites: the model's FFNs, where LoRA is not applied.
+
+    Raises:
+        FactorMixError: PEFT names no projections for the family.
     """
 
     def __init__(self, spec: TaskAdapterSpec, model: PreTrainedModel, sites: Sequence[FFNSite]) -> None:
@@ -40,17 +65,17 @@ class LoraAdapter(TaskAdapter):
         self.config = LoraConfig(
             r=spec.rank, lora_alpha=2 * spec.rank, target_modules=targets, fan_in_fan_out=transposed
         )
-        of_domains = model.__dict__.pop("peft_config", None)  # else PEFT would count LoRA among the domains
+        domain_configs = model.__dict__.pop("peft_config", None)  # otherwise PEFT would take LoRA for a domain
         try:
             tuner = LoraModel(model, {NAME: self.config}, NAME)
         finally:
             model.__dict__.pop("peft_config", None)
-            if of_domains is not None:
-                model.peft_config = of_domains
+            if domain_configs is not None:
+                model.peft_config = domain_configs
         self.layers: dict[str, LoraLayer] = {n: m for n, m in tuner.model.named_modules() if isinstance(m, LoraLayer)}
 
     def _parameters_by_name(self) -> dict[str, nn.Parameter]:
-        """By their names in PEFT's files."""
+        """Its parameters by their names in PEFT's files."""
         return {
             f"{_IN_PEFT_FILES}{name}.lora_{letter}.weight": getattr(layer, f"lora_{letter}")[NAME].weight
             for name, layer in self.layers.items()
@@ -62,28 +87,35 @@ class LoraAdapter(TaskAdapter):
         return list(self._parameters_by_name().values())
 
     def enable(self, on: bool) -> None:
-        """Run LoRA, or the projections alone. PEFT changes what trains here; `MixModel` puts it back."""
+        """Switch LoRA on or off. PEFT changes which parameters train here, and `MixModel` restores that."""
         for layer in self.layers.values():
             layer.enable_adapters(on)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As PEFT's files have them."""
+        """The tensors of PEFT's weights file, by name."""
         return {name: parameter.detach() for name, parameter in self._parameters_by_name().items()}
 
     @torch.no_grad()
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Take the tensors of PEFT's file."""
+        """Load the tensors of PEFT's weights file."""
         check_tensors(self.tensors(), tensors, "task adapter 'lora'")
         for name, parameter in self._parameters_by_name().items():
             parameter.copy_(tensors[name])
 
 
-class PrefixAdapter(TaskAdapter):
-    """Prefix tuning: virtual keys and values at every layer, handed to the model as a filled cache.
+class PrefixAdapter(_PeftAdapter):
+    """Prefix tuning: virtual keys and values at every layer, given to the model as a filled cache.
+
+    Args:
+        spec: gives the number of virtual tokens.
+        model: stays unchanged.
 
     Attributes:
-        argument: of the model's forward that takes the cache.
+        argument: name of the model's argument that takes the cache.
         encoder: PEFT's embedding of the virtual tokens.
+
+    Raises:
+        FactorMixError: the model takes no cache.
     """
 
     def __init__(self, spec: TaskAdapterSpec, model: PreTrainedModel) -> None:
@@ -92,15 +124,15 @@ class PrefixAdapter(TaskAdapter):
         self.config = PrefixTuningConfig(num_virtual_tokens=spec.tokens, task_type=TaskType.CAUSAL_LM)
         made = PeftModel(model, self.config, adapter_name=NAME)
         self.encoder = made.prompt_encoder[NAME]
-        self.__dict__["made"] = made  # not registered: the whole model would be part of the adapter
+        self.__dict__["made"] = made  # not registered, because the whole model would become part of the adapter
         self.enabled = True
 
     def enable(self, on: bool) -> None:
-        """Give the model the prefix, or not."""
+        """Switch the prefix on or off."""
         self.enabled = on
 
     def prefix(self, batch: int) -> dict[str, Any]:
-        """A fresh cache of `spec.tokens` positions for so many sequences; nothing while switched off."""
+        """A fresh cache of `spec.tokens` positions for `batch` sequences; empty while switched off."""
         return {self.argument: self.__dict__["made"].get_prompt(batch)} if self.enabled else {}
 
     @property
@@ -108,21 +140,21 @@ class PrefixAdapter(TaskAdapter):
         return cast(nn.Parameter, self.encoder.get_submodule("embedding").weight)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As PEFT's files have them."""
+        """The tensors of PEFT's weights file, by name."""
         return {"prompt_embeddings": self._embedding.detach()}
 
     @torch.no_grad()
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Take the tensors of PEFT's file."""
+        """Load the tensors of PEFT's weights file."""
         check_tensors(self.tensors(), tensors, "task adapter 'prefix'")
         self._embedding.copy_(tensors["prompt_embeddings"])
 
 
 def lora_targets(model: PreTrainedModel, sites: Sequence[FFNSite]) -> list[str]:
-    """Paths of the projections that LoRA adapts: PEFT's choice for the family, none of them in an FFN.
+    """Paths of the projections that LoRA adapts: those that PEFT chooses for the family, without any in an FFN.
 
     Raises:
-        FactorMixError: PEFT has no choice for the family.
+        FactorMixError: PEFT chooses none for the family.
     """
     kind = model.config.model_type
     chosen = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
@@ -144,16 +176,16 @@ def lora_targets(model: PreTrainedModel, sites: Sequence[FFNSite]) -> list[str]:
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """What the model's forward calls the keys and values of earlier tokens.
+    """The name of the model's argument that takes the keys and values of earlier tokens.
 
     Raises:
-        FactorMixError: they cannot be handed in, with the reason.
+        FactorMixError: the model has no such argument.
     """
     arguments = inspect.signature(model.base_model.forward).parameters
     found = next((name for name in CACHE_ARGUMENTS if name in arguments), None)
     if found is None or not model.can_generate():
         raise FactorMixError(
-            f"task adapter 'prefix': {type(model).__name__} takes no keys and values of earlier tokens, which is what "
-            "a prefix is; only decoders do. Use 'pfeiffer', 'houlsby' or 'lora'."
+            f"task adapter 'prefix': {type(model).__name__} takes no keys and values of earlier tokens, which a prefix "
+            "consists of; only decoders take them. Use 'pfeiffer', 'houlsby' or 'lora'."
         )
     return found

@@ -1,4 +1,4 @@
-"""A stage-2 model on examples: its logits, its predictions, and its metrics with the gates' mean weights."""
+"""Run a stage-2 model on examples: its loss, its logits, and its metrics with the gates' mean weights."""
 
 from __future__ import annotations
 
@@ -10,46 +10,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from factormix.evaluate.asked import MASKED_SHARE
 from factormix.evaluate.classification import task_metrics
-from factormix.mix.config import InjectConfig
 from factormix.mix.examples import Example, LanguageBatches, by_example, collate
 from factormix.mix.gate_means import GateMeans
-from factormix.mix.losses import InjectionLoss
+from factormix.mix.losses import KnowledgeLoss
 from factormix.mix.mix_model import MixModel
 from factormix.mix.task import Task
 
-MASK_SEED = 0  # masked language models are scored on the same masks every time
+MASK_SEED = 0  # seed of the masks on which masked language models are scored, the same every time
 
 
 class TaskLoss:
     """The loss of one micro-batch, for `factormix.train`.
 
     Args:
-        mix: the model, for language tasks without a wrapper.
-        task: what it learns.
-        mask_token: of a masked language model's tokenizer, for language tasks.
+        mix: the model.
+        task: the task that it learns.
+        mask_token: for language tasks of a masked language model, id of the mask token.
+        share: for these, the share of a text's tokens that must be predicted, 0 to 1. The default is BERT's.
     """
 
-    def __init__(self, mix: MixModel, task: Task, mask_token: int | None = None) -> None:
+    def __init__(self, mix: MixModel, task: Task, mask_token: int | None = None, share: float = MASKED_SHARE) -> None:
         self.task = task
-        domain = mix.domains[0] if mix.domains else ""
-        self.language = None if task.outputs else InjectionLoss(mix.model, domain, InjectConfig(), mask_token)
+        self.language = None if task.outputs else KnowledgeLoss(mix.model, mask_token, share)
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The scalar "task"; `batch` is `collate`'s, or for language tasks `LanguageBatches`'."""
+        """The scalar "task". `batch` comes from `collate`, or for language tasks from `LanguageBatches`."""
         if self.language is not None:
-            return {"task": self.language.knowledge(_with_logits(model), batch)}
+            return {"task": self.language(_with_logits(model), batch)}
         logits = by_example(model(batch["input_ids"], batch["attention_mask"]), batch["sizes"])  # (B, ...)
         return {"task": self.task.loss(logits, batch["targets"])}
 
 
 def _with_logits(model: nn.Module) -> Any:
-    """`model` as a transformers model answers."""
+    """A function that calls `model` and answers in the form of a transformers model."""
     return lambda input_ids, attention_mask, **_: SimpleNamespace(logits=model(input_ids, attention_mask))
 
 
 def example_logits(mix: MixModel, examples: Sequence[Example], task: Task, pad: int, batch_size: int) -> Tensor:
-    """Logits of every example, in order: (B, outputs), for multiple choice (B, most choices) with -inf; on the CPU."""
+    """Logits of every example, in order, on the CPU: (B, outputs) float32.
+
+    For multiple choice they are (B, most choices), with -inf where an example has fewer choices.
+    """
     width = max(len(e.rows) for e in examples) if task.kind == "multiple-choice" else task.outputs
     out = torch.full((len(examples), width), float("-inf"))
     for chosen, ids, mask, sizes in in_batches(mix, examples, task, pad, batch_size):
@@ -61,9 +64,11 @@ def example_logits(mix: MixModel, examples: Sequence[Example], task: Task, pad: 
 def in_batches(
     mix: MixModel, examples: Sequence[Example], task: Task, pad: int, batch_size: int
 ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
-    """Examples of like length together: their numbers, ids and mask (N, L) on the model's device, and sizes (b,).
+    """Yield batches of examples of similar length. The model is in eval mode without gradients until the last one.
 
-    Eval mode and no gradients until the last batch is through.
+    Yields:
+        The examples' numbers, their ids and mask (N, L) int64 on the model's device, and the number of rows of each
+        example (b,) int64.
     """
     order = sorted(range(len(examples)), key=lambda i: max(map(len, examples[i].rows)))
     was_training = mix.training
@@ -85,11 +90,15 @@ def score_examples(
     """Metrics of labelled examples.
 
     Args:
-        examples: encoded, with targets.
-        right: their labels, as `Labelled.labels` has them.
+        mix: the model.
+        examples: encoded examples with targets.
+        right: their labels, in the form of `Labelled.labels`.
+        task: the task.
+        pad: id of the padding token.
+        batch_size: examples that run together.
 
     Returns:
-        "loss", those of `task_metrics`, "n", and "gates" (see `GateMeans.to_dict`).
+        "loss", the metrics of `task_metrics`, "n" (the number of examples), and "gates" (see `GateMeans.to_dict`).
     """
     with GateMeans(mix) as means:
         logits = example_logits(mix, examples, task, pad, batch_size)
@@ -100,8 +109,12 @@ def score_examples(
 
 
 def score_language(mix: MixModel, batches: LanguageBatches, loss: TaskLoss) -> dict[str, Any]:
-    """Metrics of prompts or plain text: "loss" (nats a token), "perplexity", "n" tokens (of a masked language
-    model: those that may be masked), "gates"."""
+    """Metrics of prompts or plain text.
+
+    Returns:
+        "loss" (nats per token), "perplexity", "n" (number of tokens; for a masked language model, of those that may be
+        masked), and "gates" (see `GateMeans.to_dict`).
+    """
     assert loss.language is not None
     was_training = mix.training
     mix.eval()
@@ -113,7 +126,7 @@ def score_language(mix: MixModel, batches: LanguageBatches, loss: TaskLoss) -> d
             for row in batches.rows:
                 batch = {name: tensor.to(mix.device) for name, tensor in row.items()}
                 count = int(batch["counted"][:, 1:].sum())
-                total += count * float(loss.language.knowledge(forward, batch))
+                total += count * float(loss.language(forward, batch))
                 tokens += count
     finally:
         mix.train(was_training)

@@ -113,7 +113,7 @@ def adapt(
     task = task_of(model, train_set, config)
     spec = TaskAdapterSpec.of_config(config, task.kind)
     torch.manual_seed(config.seed)  # the start of task adapter and head
-    mix = MixModel(model, domains, spec, task.outputs, task.pooling, config.gate, config.gate_start)
+    mix = MixModel(model, domains, spec, task.outputs, task.pooling, config.gate_kind, config.gate_start)
     mask = mask_token(tokenizer, model) if not task.outputs and learns_by(model) == "masked" else None
     loss = TaskLoss(mix, task, mask)
     batches, score = _prepare(mix, task, train_set, dev, config, tokenizer, loss)

@@ -8,10 +8,11 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
-from factormix.mix.config import InjectConfig
-from factormix.mix.losses import InjectionLoss
+from factormix.mix.config import OLD_KNOWLEDGE, InjectConfig
+from factormix.mix.losses import OLD_LOSSES, InjectionLoss, KnowledgeLoss
 from factormix.mix.peft_tuner import MixDAConfig, adapter_names
 from factormix.nn import DomainFFN
+from factormix.run.errors import FactorMixError
 from tests.families import tiny_output
 from tests.mix.adapted import FORMS, adapted, base_model
 
@@ -127,7 +128,7 @@ def test_the_distance_of_a_masked_models_outputs_is_taken_at_masked_tokens() -> 
     ids, loss = tokens(8, 40), loss_of(model, mask=0.5)
     with torch.no_grad():
         torch.manual_seed(0)
-        shown, predicted = loss.masked(ids, torch.ones_like(ids).bool())
+        shown, predicted = loss.knowledge.masked(ids, torch.ones_like(ids).bool())
         with loss._without_adapters():
             p = model(shown).logits[predicted].log_softmax(-1)
         want = (p.exp() * (p - model(shown).logits[predicted].log_softmax(-1))).sum(-1).mean()
@@ -186,7 +187,7 @@ def test_masked_text_hides_15_per_cent_and_structured_knowledge_its_object() -> 
     candidates = torch.ones_like(ids).bool()
     candidates[:, 0] = False  # [CLS]
     torch.manual_seed(0)
-    shown, predicted = loss.masked(ids, candidates)
+    shown, predicted = loss.knowledge.masked(ids, candidates)
     assert 0.12 < predicted[:, 1:].float().mean() < 0.18 and not predicted[:, 0].any()
     assert torch.equal(shown[~predicted], ids[~predicted])
     hidden = (shown == MASK)[predicted].float().mean()
@@ -240,3 +241,19 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         sum(parts.values()).backward()  # type: ignore[union-attr]
         gradients[on] = {n: p.grad for n, p in wrapped.named_parameters() if p.requires_grad}
     assert all(torch.allclose(gradients[False][n], gradients[True][n], atol=1e-6) for n in gradients[False])
+
+
+def test_every_form_of_the_config_is_computed_and_another_is_an_error() -> None:
+    assert tuple(OLD_LOSSES) == OLD_KNOWLEDGE
+    config = InjectConfig()
+    object.__setattr__(config, "old_knowledge", "normalized")  # past the config's own check
+    with pytest.raises(FactorMixError, match="unknown old_knowledge 'normalized'; allowed: 'distil', .*'normalised'"):
+        InjectionLoss(base_model("llama", False), "pubmed", config)
+
+
+def test_the_masked_share_is_the_one_given() -> None:
+    model = base_model("bert", False)
+    ids = tokens(40, 50)
+    for share in (0.05, 0.5):
+        _, predicted = KnowledgeLoss(model, MASK, share).masked(ids, torch.ones_like(ids).bool())
+        assert float(predicted.float().mean()) == pytest.approx(share, abs=0.04)

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from factormix import FactorMixError
+from factormix.mix import mix_model
+from factormix.mix.adapt_config import TASK_ADAPTERS
 from factormix.mix.adapter_files import load_adapters
 from factormix.mix.gate_means import GateMeans
 from factormix.mix.mix_model import MixModel
@@ -201,6 +203,18 @@ def test_what_has_no_place_is_refused_with_the_reason(tmp_path: Path) -> None:
             mix(tiny_model(family), {}, "prefix")
     with pytest.raises(FactorMixError, match="unknown task adapter 'pfeifer'.*Did you mean 'pfeiffer'"):
         TaskAdapterSpec("pfeifer")
+    with pytest.raises(FactorMixError, match="unknown pooling 'max'; allowed: 'first', 'last', 'mean'"):
+        mix(tiny_model("llama"), {}, pooling="max")
+
+
+def test_every_kind_of_task_adapter_is_made_and_another_is_an_error() -> None:
+    assert set(mix_model.TASK_ADAPTERS) == set(TASK_ADAPTERS)
+    spec = TaskAdapterSpec("none")
+    object.__setattr__(spec, "kind", "lorra")  # past the spec's own check
+    with pytest.raises(
+        FactorMixError, match="unknown task adapter 'lorra'; allowed: 'pfeiffer', .*Did you mean 'lora'"
+    ):
+        mix_model.make_task_adapter(spec, tiny_model("llama"), [])
 
 
 def test_a_factored_model_takes_the_same(tmp_path: Path) -> None:

@@ -145,8 +145,8 @@ def test_stage_2_starts_from_own_gates(tmp_path: Path) -> None:
     again, _ = load_mix(tmp_path / "mix", tiny_model("llama"))
     ids = words(*DOMAIN, seed=5).input_ids
     assert torch.equal(again(ids, torch.ones_like(ids)), started(ids, torch.ones_like(ids)))
-    with pytest.raises(FactorMixError, match="'own' goes with gate 'sigmoid', not 'softmax'"):
-        AdaptConfig(gate="softmax", gate_start="own")
+    with pytest.raises(FactorMixError, match="'own' goes with gate_kind 'sigmoid', not 'softmax'"):
+        AdaptConfig(gate_kind="softmax", gate_start="own")
 
 
 def test_one_domain_under_its_own_gate_is_a_qwen2_moe(tmp_path: Path) -> None:

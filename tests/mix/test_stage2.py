@@ -236,7 +236,7 @@ def test_long_texts_are_cut_but_never_a_choice(words: Any) -> None:
     [
         ({"shots": 0}, "shots received 0; allowed: at least 1"),
         ({"task_adapter": "pfeifer"}, "Did you mean 'pfeiffer'"),
-        ({"gate": "linear"}, "allowed: 'sigmoid', 'softmax', 'paper'"),
+        ({"gate_kind": "linear"}, "allowed: 'sigmoid', 'softmax', 'paper'"),
     ],
 )
 def test_impossible_settings(change: dict[str, Any], message: str) -> None:
