@@ -1,4 +1,4 @@
-"""Adapter directories as PEFT has them: adapter_config.json and adapter_model.safetensors, at the top."""
+"""Read and write adapter directories in PEFT's form: adapter_config.json and adapter_model.safetensors at the top."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def check_domain(name: str) -> None:
-    """Refuse a name that PEFT or a file system would take amiss.
+    """Check that a domain's name is valid for PEFT and for file systems.
 
     Raises:
-        FactorMixError: with the rule.
+        FactorMixError: it is not; the message gives the rule.
     """
     plain = name.replace("-", "").replace("_", "")
     if not (plain.isascii() and plain.isalnum()) or name in "mixda_":
         raise FactorMixError(
-            f"domain {name!r} is not allowed: letters, digits, '-' and '_', and no part of 'mixda_', PEFT's own mark."
+            f"domain {name!r} is not allowed; allowed: letters, digits, '-' and '_'. The name must not be a part of "
+            "'mixda_', because PEFT finds adapters by that word."
         )
 
 
@@ -47,20 +48,20 @@ def save_adapter(
     head: MaskedHead | None = None,
     gates: Mapping[int, DomainGate] | None = None,
 ) -> None:
-    """Write one adapter as PEFT's directory, adapter_config.json and adapter_model.safetensors at its top, atomically.
+    """Write one adapter as PEFT's directory. If writing fails, nothing is left of it.
 
     Args:
-        model: with the adapter.
-        domain: its name.
+        model: the model with the adapter.
+        domain: the adapter's name.
         path: the directory to write.
-        base: how the reader will name the base model; recorded, not checked.
-        overwrite: replace what is there.
-        run: what made it, written as run.json.
-        head: that the adapter was trained under, where the base has none; written beside it.
-        gates: its own, from `fit_own_gate`; written into `gate/`, as those of stage 2 are.
+        base: the name under which a reader finds the base model. It is recorded, but not checked.
+        overwrite: replace an existing directory.
+        run: the record of the run, written as run.json.
+        head: the masked-LM head the adapter was trained under, if the base has none. It is written beside the adapter.
+        gates: the adapter's own gates by site index, from `fit_own_gate`. They are written into `gate/`.
 
     Raises:
-        FactorMixError: an existing directory, a full disk.
+        FactorMixError: the directory exists and `overwrite` is False, or the disk is full.
     """
     tensors = adapter_tensors(model, domain)
     with output_directory(path, overwrite) as folder:
@@ -79,8 +80,10 @@ def save_adapter(
 
 
 def adapter_tensors(model: PeftModel, domain: str) -> dict[str, Tensor]:
-    """An adapter's tensors by the names of its file, which are without its own: PEFT's rule, the same in every version
-    of PEFT (0.18 gives those of all adapters together)."""
+    """An adapter's tensors by the names in its file, which do not contain the adapter's own name.
+
+    This is PEFT's rule. Its own function is not used, because that of PEFT 0.18 returns the tensors of all adapters.
+    """
     mark = f".mixda_adapters.{domain}."
     return {n.replace(mark, ".mixda_adapters."): tensor for n, tensor in model.state_dict().items() if mark in n}
 
@@ -92,14 +95,18 @@ def _base_ffns(model: nn.Module, domain: str) -> str | None:
 
 
 def load_adapters(model: PreTrainedModel, folders: Mapping[str, str | Path]) -> PeftModel:
-    """Put saved adapters into a model, all active and frozen.
+    """Load saved adapters into a model. All of them are active and frozen.
 
     Args:
-        model: the base they were made from.
+        model: the base they were made from, changed in place.
         folders: adapter directories by name.
 
+    Returns:
+        The model in PEFT's wrapper.
+
     Raises:
-        FactorMixError: no MixDA adapter there, one made for another model, or on another base of the same shapes.
+        FactorMixError: a directory holds no MixDA adapter or is damaged, or an adapter was made for another model or
+            on another base of the same shapes.
     """
     adapted: PeftModel | None = None
     for name, folder in folders.items():
@@ -116,44 +123,44 @@ def load_adapters(model: PreTrainedModel, folders: Mapping[str, str | Path]) -> 
                 raise
             raise FactorMixError(f"adapter {str(folder)!r} cannot be loaded: {error}") from error
         wanted = set(adapter_tensors(adapted, name))
-        if saved != wanted:  # PEFT only warns, and leaves a fresh adapter there
+        if saved != wanted:  # PEFT only warns, and leaves a fresh adapter in the model
             raise FactorMixError(
                 f"{str(Path(folder) / WEIGHTS)!r} does not hold this adapter's tensors: missing "
-                f"{sorted(wanted - saved)[:3]}, unexpected {sorted(saved - wanted)[:3]}. Copy or make it anew."
+                f"{sorted(wanted - saved)[:3]}, unexpected {sorted(saved - wanted)[:3]}. Copy or make it again."
             )
         check_base(recorded, _base_ffns(adapted, name), folder)
     if adapted is None:
-        raise FactorMixError("no adapter given.")
+        raise FactorMixError("no adapter received; give at least one adapter directory.")
     cast(Any, adapted.base_model).set_adapter(list(folders))
     assert_trainable(adapted, set(), "after load")
     return adapted
 
 
 def check_shapes(config: MixDAConfig, sites: Sequence[FFNSite], folder: str | Path) -> list[FFNSite]:
-    """The sites of a model that an adapter stands beside, of which it needs nothing but the shapes.
+    """The sites of a model that an adapter belongs to. Only their shapes and names are compared.
 
     Args:
-        config: of the adapter.
-        sites: all of the model's.
-        folder: of the adapter, for the message.
+        config: the adapter's config.
+        sites: all sites of the model.
+        folder: the adapter's directory, for the message.
 
     Raises:
-        FactorMixError: it was made for another model, or names no FFN.
+        FactorMixError: the adapter was made for another model, or it names no FFN.
     """
     found = []
     for key, shapes in (config.sites or {}).items():
         site = next((site for site in sites if site.index == int(key)), None)
         if site is None or site.hidden != shapes["hidden"] or site.name not in (config.target_modules or ()):
             here = "no such FFN" if site is None else f"hidden size {site.hidden} at {site.name}"
-            raise FactorMixError(f"adapter {str(folder)!r} was made for another model: its site {key} is here {here}.")
+            raise FactorMixError(f"adapter {str(folder)!r} was made for another model: its site {key} is {here} here.")
         found.append(site)
     if not found:
-        raise FactorMixError(f"adapter {str(folder)!r} names no FFN; the directory is damaged. Make it anew.")
+        raise FactorMixError(f"adapter {str(folder)!r} names no FFN, so the directory is damaged. Make it again.")
     return sorted(found, key=lambda site: site.index)
 
 
 def read_adapter_config(folder: str | Path) -> MixDAConfig:
-    """The config of a MixDA adapter directory.
+    """Read the config of a MixDA adapter directory.
 
     Raises:
         FactorMixError: a file is missing or unreadable, or the adapter is of another PEFT method.
@@ -165,7 +172,7 @@ def read_adapter_config(folder: str | Path) -> MixDAConfig:
         values = json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8"))
         kind = values["peft_type"]
     except (ValueError, KeyError, TypeError) as error:
-        raise FactorMixError(f"{str(Path(folder) / CONFIG)!r} is damaged ({error}). Copy or make it anew.") from error
+        raise FactorMixError(f"{str(Path(folder) / CONFIG)!r} is damaged ({error}). Copy or make it again.") from error
     if kind != "MIXDA":
-        raise FactorMixError(f"{str(folder)!r} holds a {kind!r} adapter; only MixDA's can be used here (see `inject`).")
+        raise FactorMixError(f"{str(folder)!r} holds a {kind!r} adapter; allowed: MixDA adapters, made by `inject`.")
     return cast(MixDAConfig, MixDAConfig.from_pretrained(str(folder)))

@@ -1,7 +1,7 @@
-"""Micro-batches of stage 1: knowledge, and beside each a window of general text for the old-knowledge loss.
+"""Make the micro-batches of stage 1: knowledge, and beside it windows of general text for the old-knowledge loss.
 
-Unstructured knowledge is packed into windows. Structured knowledge, ``{"prompt": "Paris is the capital of {} .",
-"targets": ["France"]}``, becomes one row for each target; rows of about one window together make a micro-batch, padded
+Unstructured knowledge is packed into windows. Structured knowledge is ``{"prompt": "Paris is the capital of {} .",
+"targets": ["France"]}`` and gives one row for each target. Rows of about one window together make a micro-batch, padded
 on the right. Both kinds may be mixed.
 """
 
@@ -21,21 +21,21 @@ from factormix.data.text import Documents, read_documents
 
 
 class Stage1Batches:
-    """`factormix.train.Batches` of `InjectionLoss`; see its argument `batch` for the keys.
+    """The `factormix.train.Batches` for `InjectionLoss`, whose argument `batch` explains the keys.
 
     Args:
         windows: unstructured knowledge, or None.
-        facts: padded rows of structured knowledge, as `fact_rows` makes them.
+        facts: padded rows of structured knowledge, from `fact_rows`.
         general: windows of general text.
-        tokens: of one micro-batch.
-        length: micro-batches of the whole run; where it is more than there are different ones of knowledge, these
-            repeat, each time beside other general text.
-        old_every: one micro-batch in so many has general text beside it, and its L_S counts so many times.
+        tokens: tokens of one micro-batch.
+        length: micro-batches of the whole run. If the knowledge has fewer, it repeats, each time beside other general
+            text.
+        old_every: every Nth micro-batch has general text beside it, and its L_S counts N times; this is N.
 
     Attributes:
-        distinct: micro-batches of knowledge that differ.
-        beside: the general window, by number, of each micro-batch that has one beside it: one after the other, of
-            documents in random order, unless something else is put here.
+        distinct: number of different micro-batches of knowledge.
+        beside: for each micro-batch that has general text, the number of its window. By default the windows follow in
+            their own order, which is random by document. Another choice can be assigned here.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Stage1Batches:
         return {**self.knowledge(index), **general, "old_weight": torch.tensor(float(self.old_every))}
 
     def knowledge(self, index: int) -> dict[str, Tensor]:
-        """A micro-batch without the general text beside it."""
+        """A micro-batch without general text beside it."""
         index %= self.distinct
         if self.windows is not None and index < self._texts:
             return window_batch(self.windows, index)
@@ -83,20 +83,25 @@ def stage1_batches(
     general_tokens: int | None = None,
     old_every: int = 4,
 ) -> Stage1Batches:
-    """Read, tokenise and pack both texts.
+    """Read, tokenise and pack knowledge and general text for `inject`.
 
     Args:
-        knowledge: files, structured or not, or `Documents`.
+        knowledge: files of knowledge, structured or not, or `Documents`.
         general: files or documents of general text.
-        tokenizer: the model's.
-        window: L, of both.
-        tokens: of the run; text beyond is not tokenised, less is read again.
-        seed: of the order of documents.
-        general_tokens: most tokens of general text that are packed; by default what L_S needs.
-        old_every: one micro-batch in so many has general text beside it.
+        tokenizer: the model's tokenizer.
+        window: L, the tokens of a window of either text.
+        tokens: tokens of knowledge in the whole run. More text is not tokenised, and less text is repeated.
+        seed: seed of the order of documents.
+        general_tokens: the most tokens of general text that are packed. By default as many as L_S needs.
+        old_every: every Nth micro-batch has general text beside it; this is N.
+
+    Returns:
+        The micro-batches. Each is a dict with "input_ids", "attention_mask" (B, L) int64, "counted" (B, L) bool and
+        "structured" () bool; those with general text also have the keys that `InjectionLoss` names.
 
     Raises:
-        FactorMixError: as `read_documents` and `pack`; a fact without object tokens or longer than a window.
+        FactorMixError: `read_documents` or `pack` refuses a text, or a fact has no object tokens or does not fit into
+            a window.
     """
     parts = [part if isinstance(part, Documents) else read_documents(part) for part in knowledge]
     texts = [text for part in parts if part.kind != "knowledge" for text in part.plain(tokenizer)]
@@ -110,9 +115,9 @@ def stage1_batches(
 
 
 def fact_rows(facts: Sequence[Fact], window: int, pad: int, seed: int) -> list[dict[str, Tensor]]:
-    """Facts in random order, as many to a micro-batch as fit a window with their padding.
+    """Put facts in random order into micro-batches, as many in each as fit into a window with their padding.
 
-    Each batch: "input_ids", "attention_mask" (B, L) int64, "counted" (B, L) bool, "structured" () True.
+    Each micro-batch has "input_ids", "attention_mask" (B, L) int64, "counted" (B, L) bool and "structured" () True.
     """
     order = list(facts)
     random.Random(seed).shuffle(order)
@@ -128,12 +133,12 @@ def fact_rows(facts: Sequence[Fact], window: int, pad: int, seed: int) -> list[d
 
 
 def pack_some(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, window: int, tokens: int, seed: int) -> Packed:
-    """At most `tokens` tokens and at least a window; all whole windows of a text that has fewer, which then repeats."""
+    """Pack at most `tokens` tokens, but at least one window. A shorter text gives all its whole windows."""
     return pack(texts, tokenizer, window, max(tokens, window), seed, wants_bos(tokenizer), at_most=True)
 
 
 def window_batch(packed: Packed, index: int) -> dict[str, Tensor]:
-    """A window of plain text as a micro-batch of one row, all (1, L) but "structured" ()."""
+    """A window of plain text as a micro-batch of one row: every tensor is (1, L), except "structured" ()."""
     row = slice(index, index + 1)
     ids = packed.input_ids[row]
     return {

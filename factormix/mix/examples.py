@@ -1,6 +1,6 @@
-"""Stage 2's data as micro-batches: labelled examples for a head, prompts and plain text for a language-modelling head.
+"""Make the micro-batches of stage 2: labelled examples for a head, prompts and plain text for a language-model head.
 
-Every batch is padded on the right, whatever the tokenizer does by itself.
+Every batch is padded on the right, no matter on which side the tokenizer pads.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Example:
     """One labelled example.
 
     Attributes:
-        rows: token ids; one row, or one for each choice.
-        target: what the loss is given, None without a label.
+        rows: token ids: one row, or one row for each choice.
+        target: the target of the loss, or None without a label.
     """
 
     rows: list[list[int]]
@@ -39,8 +39,12 @@ class Example:
 def read_examples(path: str | Path, kind: str = "auto") -> Labelled | Documents:
     """Read a task's file: labelled text, prompts with targets, or plain text.
 
+    Args:
+        path: the file.
+        kind: kind of the task, or "auto" to find it from the file.
+
     Raises:
-        FactorMixError: as `read_labelled` and `read_documents`.
+        FactorMixError: `read_labelled` or `read_documents` refuses the file.
     """
     file = Path(path)
     if kind == "auto" and (file.suffix != ".jsonl" or not file.is_file() or not _first_line_has(file, "label")):
@@ -49,20 +53,25 @@ def read_examples(path: str | Path, kind: str = "auto") -> Labelled | Documents:
 
 
 def _first_line_has(file: Path, key: str) -> bool:
-    """Whether the first line, read as text, names the key; a line that is no JSON is refused by who reads it."""
+    """True if the text of the first line contains the key. The line is not parsed here; its reader checks the JSON."""
     with open(file, encoding="utf-8", errors="replace") as stream:
         first = next((line for line in stream if line.strip()), "")
     return f'"{key}"' in first
 
 
 def encode(examples: Labelled, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[Example]:
-    """Tokenise; what is longer than ``task.window`` loses the end of its text (never of a choice).
+    """Tokenise examples. If an example is longer than ``task.window``, the end of its text is cut, never a choice.
 
-    A tokenizer with a separator token gets text and choice as a pair, any other as one text. Where windows of stage 1
-    begin with a beginning-of-sequence token, examples do too.
+    A tokenizer with a separator token gets text and choice as a pair, any other tokenizer as one text. Examples start
+    with a beginning-of-sequence token if the windows of stage 1 do.
+
+    Args:
+        examples: the examples, labelled or not.
+        tokenizer: the model's tokenizer.
+        task: gives the window and the targets.
 
     Raises:
-        FactorMixError: a choice that leaves no room for its text.
+        FactorMixError: a choice leaves no room for its text.
     """
     starts = tokenizer.bos_token_id if tokenizer.cls_token_id is None else None
 
@@ -70,7 +79,7 @@ def encode(examples: Labelled, tokenizer: PreTrainedTokenizerBase, task: Task) -
         room = task.window - (starts is not None)
         try:
             ids = list(tokenizer(*parts, truncation="only_first", max_length=room)["input_ids"])
-        except Exception as error:  # fast tokenizers raise their own class where the second part alone is too long
+        except Exception as error:  # fast tokenizers raise their own class if the second part alone is too long
             raise FactorMixError(f"{parts[-1][:60]!r} leaves no room in a window of {task.window}: {error}.") from error
         return ids if starts is None or ids[:1] == [starts] else [starts, *ids]
 
@@ -86,19 +95,21 @@ def encode(examples: Labelled, tokenizer: PreTrainedTokenizerBase, task: Task) -
 
 
 def _joined(text: list[int], choice: str, tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:
-    """The text's tokens, cut so that the choice's fit behind them."""
-    more = list(tokenizer(choice, add_special_tokens=False)["input_ids"])
-    if len(more) >= task.window:
-        raise FactorMixError(f"choice {choice[:60]!r} is {len(more)} tokens; a window has {task.window}.")
-    return [*text[: task.window - len(more)], *more]
+    """The tokens of the text and then of the choice. The text is cut so that both fit into a window."""
+    choice_ids = list(tokenizer(choice, add_special_tokens=False)["input_ids"])
+    if len(choice_ids) >= task.window:
+        raise FactorMixError(
+            f"choice {choice[:60]!r} has {len(choice_ids)} tokens; allowed: fewer than the window of {task.window}."
+        )
+    return [*text[: task.window - len(choice_ids)], *choice_ids]
 
 
 def collate(examples: Sequence[Example], task: Task, pad: int) -> dict[str, Tensor]:
-    """A batch.
+    """Put B examples into one batch, padded on the right.
 
     Returns:
-        "input_ids", "attention_mask" (N, L) int64; "sizes" (B,) int64, rows of each example (N is their sum);
-        "targets" (B,) or (B, labels), where the examples have them.
+        "input_ids", "attention_mask" (N, L) int64; "sizes" (B,) int64, the number of rows of each example, whose sum
+        is N; and "targets" (B,) or (B, labels) if the examples have targets.
     """
     rows = [row for example in examples for row in example.rows]
     length = max(map(len, rows))
@@ -115,8 +126,15 @@ def collate(examples: Sequence[Example], task: Task, pad: int) -> dict[str, Tens
 
 
 def by_example(logits: Tensor, sizes: Tensor) -> Tensor:
-    """Logits of rows to logits of examples: (N, outputs) -> (B, outputs), for multiple choice (N, 1) -> (B, choices)
-    with -inf where an example has fewer choices than another."""
+    """Turn logits of rows into logits of examples.
+
+    Args:
+        logits: (N, outputs); for multiple choice (N, 1).
+        sizes: (B,) int64, the number of rows of each example.
+
+    Returns:
+        (B, outputs); for multiple choice (B, most choices), with -inf where an example has fewer choices.
+    """
     if len(sizes) == len(logits):
         return logits
     table = logits.new_full((len(sizes), int(sizes.max())), float("-inf"))  # (B, C)
@@ -126,13 +144,15 @@ def by_example(logits: Tensor, sizes: Tensor) -> Tensor:
 
 
 class LabelledBatches:
-    """`factormix.train.Batches` of labelled examples: every epoch in another order, cut into steps.
+    """The `factormix.train.Batches` of labelled examples. Every epoch has another order.
 
     Args:
-        examples: encoded.
-        batch_size: examples of one step.
-        epochs: passes over them.
-        seed: of the orders.
+        examples: encoded examples.
+        task: the task.
+        pad: id of the padding token.
+        batch_size: examples of one optimiser step.
+        epochs: passes over the examples.
+        seed: seed of the orders.
     """
 
     def __init__(
@@ -143,7 +163,7 @@ class LabelledBatches:
         self.steps_per_epoch = -(-len(examples) // self.batch_size)
         self.epochs = epochs
         total = sum(len(row) for example in examples for row in example.rows)
-        self.tokens = max(1, round(total / self.steps_per_epoch))  # mean of a step, padding left out
+        self.tokens = max(1, round(total / self.steps_per_epoch))  # the mean of a step, without padding
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.epochs
@@ -157,14 +177,15 @@ class LabelledBatches:
 
 
 class LanguageBatches:
-    """`factormix.train.Batches` of prompts with targets or of windows of plain text, as `InjectionLoss` reads them.
+    """The `factormix.train.Batches` of prompts with targets or of windows of plain text, for `KnowledgeLoss`.
 
     Args:
-        documents: of kind "knowledge" (prompts), or any other as plain text.
+        documents: documents of kind "knowledge" (prompts); any other kind is read as plain text.
+        tokenizer: the model's tokenizer.
         window: tokens of a micro-batch.
-        tokens: of plain text, at most.
-        epochs: passes over them; for plain text the loop repeats by itself.
-        seed: of the order.
+        tokens: the most tokens of plain text.
+        epochs: passes over prompts. Plain text needs one, because the training loop repeats it.
+        seed: seed of the order.
     """
 
     def __init__(

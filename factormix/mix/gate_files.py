@@ -1,7 +1,7 @@
-"""The gates as a file of their own: gate.json and gate.safetensors in one folder, `gate/` of what stage 1 or 2 wrote.
+"""Read and write gates: gate.json and gate.safetensors in the folder `gate/` of a directory of stage 1 or 2.
 
-A gate's rows are bound to an order of domains and to the very adapters they were trained over. So gate.json lists the
-domains in order, each with the SHA-256 of its adapter's weights, and others are refused.
+A gate's rows belong to an order of domains, and to the adapters over which they were trained. So gate.json lists the
+domains in order, each with the SHA-256 of its adapter's weights. Other domains, orders and weights are refused.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from factormix.run.errors import FactorMixError
 from factormix.run.tensors import write_tensors
 
 FORMAT_VERSION = 1
-GATE = "gate"  # the folder's name
+GATE = "gate"  # name of the folder
 GATE_CONFIG, GATE_WEIGHTS = "gate.json", "gate.safetensors"
 
 
 def domain_hashes(folders: Mapping[str, str | Path]) -> list[dict[str, str]]:
-    """[{"name", "sha256"}] of adapter directories, in order; the hash is of the weights' file.
+    """[{"name", "sha256"}] of adapter directories, in order. The hash is that of the weights file.
 
     Raises:
-        FactorMixError: a directory without weights.
+        FactorMixError: a directory has no weights file.
     """
     for folder in folders.values():
         if not (Path(folder) / WEIGHTS).is_file():
@@ -36,11 +36,12 @@ def domain_hashes(folders: Mapping[str, str | Path]) -> list[dict[str, str]]:
 
 
 def save_gates(gates: Mapping[int, DomainGate], folders: Mapping[str, str | Path], out: Path) -> None:
-    """Write the gates of a model into the folder `out`, which exists.
+    """Write the gates of a model.
 
     Args:
-        gates: by site index, one or more.
-        folders: the adapter directories they weigh, in their order.
+        gates: the gates by site index, at least one.
+        folders: the adapter directories that they weigh, by name, in the order of their weights.
+        out: an existing folder.
     """
     first = next(iter(gates.values()))
     sites = {str(i): {"hidden": gate.hidden, "domains": list(gate.domains)} for i, gate in gates.items()}
@@ -56,41 +57,42 @@ def save_gates(gates: Mapping[int, DomainGate], folders: Mapping[str, str | Path
 
 
 def gate_tensors(gates: Mapping[int, DomainGate]) -> dict[str, Tensor]:
-    """By "<site>.<parameter>"."""
+    """The gates' tensors by the name "<site>.<parameter>"."""
     return {f"{i}.{name}": p.detach() for i, gate in gates.items() for name, p in gate.named_parameters()}
 
 
 def read_gate_config(folder: str | Path) -> dict[str, Any]:
-    """gate.json of a folder.
+    """Read gate.json of a folder.
 
     Raises:
-        FactorMixError: absent, damaged, or of a newer format.
+        FactorMixError: the file is missing, damaged, or of a newer format.
     """
     return read_json(Path(folder) / GATE_CONFIG, FORMAT_VERSION)
 
 
 def check_domains(config: Mapping[str, Any], folders: Mapping[str, str | Path], where: str | Path) -> None:
-    """Hold the domains that a gate was trained over against adapter directories, names, order and weights.
+    """Check that adapter directories have the names, the order and the weights over which a gate was trained.
 
     Args:
         config: gate.json.
-        folders: by name, in the order they would be loaded.
-        where: of the gate, for the message.
+        folders: adapter directories by name, in the order in which they would be loaded.
+        where: the gate's folder, for the message.
 
     Raises:
-        FactorMixError: names both sides.
+        FactorMixError: they differ; the message names both sides.
     """
     wanted, found = config["domains"], domain_hashes(folders)
-    names = [each["name"] for each in wanted]
+    names = [domain["name"] for domain in wanted]
     if names != list(folders):
         raise FactorMixError(
             f"the gate in {str(where)!r} weighs the domains {', '.join(names)}, in this order; received "
-            f"{', '.join(folders) or 'none'}. Its rows are bound to the order: give the same domains in the same order."
+            f"{', '.join(folders) or 'none'}. Its rows belong to this order, so give the same domains in the same "
+            "order."
         )
-    for here, there in zip(wanted, found):
-        if here["sha256"] != there["sha256"]:
+    for trained, given in zip(wanted, found):
+        if trained["sha256"] != given["sha256"]:
             raise FactorMixError(
-                f"the gate in {str(where)!r} was trained over an adapter {here['name']!r} whose weights have SHA-256 "
-                f"{here['sha256']}; {str(folders[here['name']])!r} has {there['sha256']}. Take the adapter it was "
-                "trained over, or adapt again."
+                f"the gate in {str(where)!r} was trained over an adapter {trained['name']!r} whose weights have "
+                f"SHA-256 {trained['sha256']}; {str(folders[trained['name']])!r} has {given['sha256']}. Take the "
+                "adapter it was trained over, or adapt again."
             )

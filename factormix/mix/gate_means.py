@@ -1,4 +1,4 @@
-"""What the gates say on average: the mean weight of each domain, and of the FFN, over tokens that are not padding."""
+"""Compute the gates' mean weights of each domain, and of the FFN, over tokens that are not padding."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from factormix.mix.mix_model import MixModel
 
 
 class GateMeans:
-    """Sums up gate weights while it is entered::
+    """Sums up gate weights inside a ``with`` block::
 
         with GateMeans(mix) as means:
             mix(input_ids, attention_mask)
         means.to_dict()
 
     Args:
-        mix: with gates; without any, the result is empty.
+        mix: the model. Without gates the result is empty.
     """
 
     def __init__(self, mix: MixModel) -> None:
@@ -42,25 +42,25 @@ class GateMeans:
 
     def _note(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, output: tuple[Tensor | None, Tensor]) -> None:
-            of_ffn, of_domains = output  # (N, L) or None, (N, L, n); some families flatten N and L
+            ffn_weight, domain_weights = output  # (N, L) or None, (N, L, n); some families flatten N and L
             kept = self.mix.mask.bool().flatten()  # (T,)
-            shares = of_domains.detach().reshape(-1, of_domains.shape[-1])[kept]  # (T', n)
-            ffn = torch.ones(len(shares)) if of_ffn is None else of_ffn.detach().flatten()[kept]  # (T',)
-            both = torch.cat([ffn.to(shares)[:, None], shares], dim=1)  # (T', 1 + n)
-            self.sums[index] += both.double().sum(0).cpu()
-            self.tokens[index] += len(shares)
+            domains = domain_weights.detach().reshape(-1, domain_weights.shape[-1])[kept]  # (T', n)
+            ffn = torch.ones(len(domains)) if ffn_weight is None else ffn_weight.detach().flatten()[kept]  # (T',)
+            weights = torch.cat([ffn.to(domains)[:, None], domains], dim=1)  # (T', 1 + n)
+            self.sums[index] += weights.double().sum(0).cpu()
+            self.tokens[index] += len(domains)
 
         return hook
 
     def to_dict(self) -> dict[str, Any]:
-        """{"mean": {"ffn": 1.0, "<domain>": 0.9}, "sites": {"8": {...}}}; a shared FFN counts each of its uses."""
+        """{"mean": {"ffn": 1.0, "<domain>": 0.9}, "sites": {"8": {...}}}. An FFN that layers share counts each use."""
         sites: dict[str, dict[str, float]] = {}
         for index, gate in self.mix.gates.items():
             if self.tokens[index]:
                 means = (self.sums[index] / self.tokens[index]).tolist()
                 sites[str(index)] = dict(zip(("ffn", *gate.domains), means))
         names = ("ffn", *self.mix.domains) if sites else ()
-        mean = {name: _mean([of[name] for of in sites.values() if name in of]) for name in names}
+        mean = {name: _mean([site[name] for site in sites.values() if name in site]) for name in names}
         return {"mean": mean, "sites": sites}
 
 

@@ -1,4 +1,4 @@
-"""Saved adapters into a model, and gates over them: those of stage 2, or each adapter's own."""
+"""Load saved adapters into a model, and gates over them: those of stage 2, or each adapter's own."""
 
 from __future__ import annotations
 
@@ -12,39 +12,32 @@ from transformers import PreTrainedModel
 
 from factormix.ffn import FFNSite
 from factormix.mix.adapter_files import load_adapters
-from factormix.mix.gate_files import (
-    GATE,
-    GATE_WEIGHTS,
-    check_domains,
-    domain_hashes,
-    gate_tensors,
-    read_gate_config,
-)
+from factormix.mix.gate_files import GATE, GATE_WEIGHTS, check_domains, domain_hashes, gate_tensors, read_gate_config
 from factormix.mix.peft_tuner import domain_layer
 from factormix.mix.task_adapters import check_tensors
 from factormix.nn import DomainGate, sites_of
 from factormix.run.errors import FactorMixError
 from factormix.run.tensors import read_tensors
 
-OWN = "own"  # in a gate's place: each adapter's own, side by side
+OWN = "own"  # given instead of a gate's folder: take each adapter's own gate
 
 
 def open_adapters(
     model: PreTrainedModel, folders: Mapping[str, str | Path], gate: str | Path | None = None
 ) -> dict[int, DomainGate]:
-    """Put saved adapters into a model and, over them, saved gates; all active and frozen.
+    """Load saved adapters into a model, and saved gates over them. All are active and frozen.
 
     Args:
         model: the base, changed in place.
         folders: adapter directories by name, in the order of the gates' weights.
-        gate: a folder of gates, "own" for each adapter's own, or None for weights of 1.
+        gate: a folder of gates, "own" for each adapter's own gate, or None for weights of 1.
 
     Returns:
         The gates by site index.
 
     Raises:
-        FactorMixError: as `load_adapters`, `check_domains` and `fill_own_gates`; gates of other sites or shapes, or a
-            damaged file.
+        FactorMixError: `load_adapters`, `check_domains` or `fill_own_gates` refuses; the gates have other sites or
+            shapes; or a file is damaged.
     """
     if gate is None:
         load_adapters(model, folders)
@@ -60,21 +53,24 @@ def open_adapters(
         load_adapters(model, folders)
         gates = put_gates(model, sites, list(folders), config["kind"], config["start"])
         fill_gates(gates, gate)
-    for each in gates.values():
-        each.requires_grad_(False).eval()
+    for site_gate in gates.values():
+        site_gate.requires_grad_(False).eval()
     return gates
 
 
 def put_gates(
     model: nn.Module, sites: Sequence[FFNSite], domains: Sequence[str], kind: str, start: str
 ) -> dict[int, DomainGate]:
-    """A fresh gate at every site that has an adapter, over the domains that have one there; by site index.
+    """Put a fresh gate at every site that has an adapter. It weighs the domains that have an adapter there.
 
     Args:
-        model: with adapters.
-        sites: its FFNs, found before the adapters stood beside them.
-        domains: in the order of the weights.
+        model: the model with adapters, changed in place.
+        sites: its FFNs, found before adapters were put beside them.
+        domains: names of the domains in the order of the weights.
         kind, start: see `DomainGate`.
+
+    Returns:
+        The gates by site index.
     """
     gates = {}
     for site in sites:
@@ -89,10 +85,10 @@ def put_gates(
 
 @torch.no_grad()
 def fill_gates(gates: Mapping[int, DomainGate], folder: str | Path) -> None:
-    """Take saved gates.
+    """Load saved gates into `gates`.
 
     Raises:
-        FactorMixError: gates of other sites or shapes, or a damaged file.
+        FactorMixError: the file has gates of other sites or shapes, or it is damaged.
     """
     file = Path(folder) / GATE_WEIGHTS
     tensors, wanted = read_tensors(file), gate_tensors(gates)
@@ -103,14 +99,14 @@ def fill_gates(gates: Mapping[int, DomainGate], folder: str | Path) -> None:
 
 @torch.no_grad()
 def fill_own_gates(gates: Mapping[int, DomainGate], folders: Mapping[str, str | Path]) -> None:
-    """Take each adapter's own gate, row by row: a domain's weight depends on no other domain.
+    """Load each adapter's own gate into `gates`, one row each, because a domain's weight depends on no other domain.
 
     Args:
-        gates: of the sigmoid kind.
+        gates: gates of the sigmoid kind, by site index.
         folders: adapter directories by name.
 
     Raises:
-        FactorMixError: as `own_rows`; a gate of other sites.
+        FactorMixError: `own_rows` refuses, or an adapter's gate has other sites.
     """
     for name, folder in folders.items():
         tensors = own_rows(folder)
@@ -123,21 +119,21 @@ def fill_own_gates(gates: Mapping[int, DomainGate], folders: Mapping[str, str | 
 
 
 def own_rows(folder: str | Path) -> dict[str, Tensor]:
-    """An adapter's own gate: "<site>.weight" (1, H).
+    """The tensors of an adapter's own gate: "<site>.weight" (1, H).
 
     Raises:
-        FactorMixError: the adapter has none, or one that was fitted for other weights.
+        FactorMixError: the adapter has no gate, or the gate was fitted for other weights.
     """
     own = Path(folder) / GATE
     if not own.is_dir():
         raise FactorMixError(
-            f"{str(folder)!r} has no gate of its own: it was injected with --gate-tokens 0. Inject again, or leave "
-            "'own' out."
+            f"{str(folder)!r} has no gate of its own, because it was injected with --gate-tokens 0. Inject again, or "
+            "leave 'own' out."
         )
     (fitted,), (found,) = read_gate_config(own)["domains"], domain_hashes({"": folder})
     if fitted["sha256"] != found["sha256"]:
         raise FactorMixError(
-            f"the gate in {str(own)!r} was fitted for weights with SHA-256 {fitted['sha256']}; those beside it have "
-            f"{found['sha256']}. Copy the directory whole, or inject again."
+            f"the gate in {str(own)!r} was fitted for weights with SHA-256 {fitted['sha256']}, but the weights beside "
+            f"it have {found['sha256']}. Copy the directory whole, or inject again."
         )
     return read_tensors(own / GATE_WEIGHTS)

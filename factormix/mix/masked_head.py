@@ -1,11 +1,12 @@
-"""A masked language-modelling head for an encoder that came without one (a sentence encoder, say), so that text can
-teach it: the family's own, its decoder tied to the word embeddings, trained on general text under a frozen encoder.
+"""Train a masked-LM head for an encoder that has none, such as a sentence encoder, so that text can teach it.
 
     head, _ = train_head(encoder, general, config, tokenizer)     # before stage 1
     inject(encoder, "pubmed", batches, config, tokenizer, head=head)
 
-The head is no part of the adapter: it learns what the encoder's states say of a masked word, and knows no domain. It is
-kept in the adapter's directory as ``masked_head.safetensors``, under the names of the family's ForMaskedLM class.
+It is the head of the encoder's family, with its decoder tied to the word embeddings. It is trained on general text
+above the frozen encoder. It is not part of the adapter, because it learns to read masked words from the encoder's
+states and learns no domain. The adapter's directory holds it as ``masked_head.safetensors``, under the names of the
+family's ForMaskedLM class.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from factormix.run.workdir import WorkDirectory
 from factormix.train import LoopConfig, train
 
 HEAD = "masked_head.safetensors"
-LEARNING_RATE = 3e-3  # of 1e-3, 3e-3 and 1e-2 the least that is as good as any, MiniLM on 61k tokens of Brown
+LEARNING_RATE = 3e-3  # the smallest of 1e-3, 3e-3 and 1e-2 that is as good as the best; MiniLM, 61k tokens of Brown
 
 
 def needs_head(model: PreTrainedModel) -> bool:
@@ -47,12 +48,12 @@ def needs_head(model: PreTrainedModel) -> bool:
         and config in MODEL_MAPPING
         and base_class(model) is MODEL_MAPPING[config]
         and not model.config.is_encoder_decoder
-        and getattr(model.config, "legacy", True)  # DeBERTa's newer head asks the encoder for its embeddings as it runs
+        and getattr(model.config, "legacy", True)  # DeBERTa's newer head reads the encoder's embeddings while it runs
     )
 
 
 class _Passing(nn.Module):
-    """In the encoder's place: the states that are given are the states that come out."""
+    """Replaces the encoder: it returns the states that it gets."""
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutput:
         return BaseModelOutput(last_hidden_state=cast(Any, inputs_embeds))
@@ -61,10 +62,10 @@ class _Passing(nn.Module):
 class MaskedHead(nn.Module):
     """The masked-LM head of an encoder's family, above that encoder.
 
-    Its ``state_dict`` holds the head alone: not the encoder, nor the word embeddings that decode.
+    Its ``state_dict`` holds only the head, without the encoder and without the word embeddings that decode.
 
     Args:
-        encoder: a model that `needs_head`; it is left as it is.
+        encoder: a model for which `needs_head` is True; it stays unchanged.
 
     Attributes:
         family: the family's ForMaskedLM class without its encoder, float32, random at the start.
@@ -79,36 +80,44 @@ class MaskedHead(nn.Module):
         config = copy.deepcopy(encoder.config)
         config.tie_word_embeddings = True
         self.family: Any = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
-        self.family.tie_weights()  # the biases that two modules share
+        self.family.tie_weights()  # two modules share the decoder's bias
         setattr(self.family, self.family.base_model_prefix, _Passing())
         words = cast(Tensor, encoder.get_input_embeddings().weight)  # (V, H)
-        decoder = nn.Parameter(words.detach().float(), requires_grad=False)  # the same memory where that is float32
+        decoder = nn.Parameter(words.detach().float(), requires_grad=False)  # shares memory if it is float32
         self.family.get_output_embeddings().weight = decoder
         self.family.to(words.device).eval()
-        self.__dict__["encoder"] = encoder  # not registered: frozen, and not of the head
+        self.__dict__["encoder"] = encoder  # not registered, because it is frozen and not part of the head
         self.trained = frozenset(name for name, p in self.named_parameters() if p is not decoder)
         hold_only_trained(self)
 
     def forward(self, input_ids: Tensor, where: Tensor) -> Tensor:
-        """Logits at some tokens, through the frozen encoder: input_ids (B, L), where (B, L) bool -> (M, V)."""
+        """Logits at the M tokens of `where`, through the frozen encoder.
+
+        Args:
+            input_ids: (B, L) int64, without padding.
+            where: (B, L) bool.
+
+        Returns:
+            (M, V), float32 outside autocast.
+        """
         with torch.no_grad():
-            said = self.encoder(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
-        return self.logits(said.last_hidden_state[where][None])[0]  # (1, M, H) -> (M, V)
+            output = self.encoder(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+        return self.logits(output.last_hidden_state[where][None])[0]  # (1, M, H) -> (M, V)
 
     def logits(self, states: Tensor) -> Tensor:
         """Last hidden states (B, L, H) -> logits (B, L, V), float32 outside autocast."""
         return cast(Tensor, self.family(inputs_embeds=states.float()).logits)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What its file holds, by the names of the family's class."""
+        """The tensors of its file, by the names of the family's class."""
         return {n.removeprefix("family."): p.detach() for n, p in self.named_parameters() if n in self.trained}
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the tensors of a file.
+        """Load the tensors of its file.
 
         Raises:
-            FactorMixError: a tensor missing, unexpected or of another shape.
+            FactorMixError: a tensor is missing, unexpected or of another shape.
         """
         own = self.tensors()
         check_tensors(own, dict(tensors), "masked-LM head")
@@ -117,11 +126,14 @@ class MaskedHead(nn.Module):
 
 
 class HeadedEncoder(nn.Module):
-    """A bare encoder under a head that was trained for it, as a masked language model: (N, L) -> logits (N, L, V).
+    """A masked language model made of a bare encoder and the head that was trained for it.
 
     Args:
-        encoder: a model that `needs_head`, with or without adapters.
-        folder: of the head's file, as `load_head`.
+        encoder: a model for which `needs_head` is True, with or without adapters.
+        folder: the directory of the head's file.
+
+    Raises:
+        FactorMixError: see `load_head`.
     """
 
     def __init__(self, encoder: PreTrainedModel, folder: str | Path) -> None:
@@ -129,29 +141,29 @@ class HeadedEncoder(nn.Module):
         self.encoder, self.head, self.config = encoder, load_head(encoder, folder), encoder.config
 
     def forward(self, input_ids: Tensor, **more: Any) -> MaskedLMOutput:
-        """input_ids (N, L) -> logits (N, L, V)."""
+        """input_ids (N, L) int64 -> logits (N, L, V)."""
         states = self.encoder(input_ids=input_ids, **more).last_hidden_state  # (N, L, H)
         return MaskedLMOutput(logits=cast(Any, self.head.logits(states)))
 
     def get_output_embeddings(self) -> nn.Module:
-        """What decodes: the word embeddings, (V, H)."""
+        """The word embeddings (V, H), which decode."""
         return self.encoder.get_input_embeddings()
 
 
 class HeadLoss:
-    """Masked tokens of plain text, for `factormix.train`.
+    """The loss of masked tokens of plain text, for `factormix.train`.
 
     Args:
-        share: of the tokens of text, to predict.
-        mask_token: its id.
-        vocab: ids below it may stand for a token swapped at random.
+        share: share of the text's tokens that must be predicted, 0 to 1.
+        mask_token: id of the mask token.
+        vocab: a token that is swapped at random becomes an id below this.
     """
 
     def __init__(self, share: float, mask_token: int, vocab: int) -> None:
         self.share, self.mask_token, self.vocab = share, mask_token, vocab
 
     def __call__(self, model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The scalar "head", 0 where the masking drew no token; batch has "input_ids", "scored" (B, L)."""
+        """The scalar "head", which is 0 if the masking drew no token. `batch` has "input_ids", "scored" (B, L)."""
         ids = batch["input_ids"]
         shown, predicted = mask_tokens(ids, batch["scored"], self.share, self.mask_token, self.vocab)
         logits = model(shown, predicted)  # (M, V)
@@ -168,21 +180,21 @@ def train_head(
     work: WorkDirectory | None = None,
     quiet: bool = False,
 ) -> tuple[MaskedHead, dict[str, Any]]:
-    """Train a masked-LM head for an encoder that has none; the encoder stays as it is, bit for bit.
+    """Train a masked-LM head for an encoder that has none. The encoder stays unchanged, bit for bit.
 
     Args:
-        encoder: a model that `needs_head`.
+        encoder: a model for which `needs_head` is True.
         general: windows of general text.
-        config: `head_tokens`, `mask`, and the loop's numbers; the learning rate is `LEARNING_RATE`.
-        tokenizer: for its mask token.
-        work: checkpoints and the finished head go there; a killed run goes on from them.
-        quiet: no progress bar and no remark.
+        config: gives `head_tokens`, `mask` and the numbers of the loop. The learning rate is `LEARNING_RATE`.
+        tokenizer: gives the mask token.
+        work: directory of the checkpoints and of the finished head, from which a killed run continues.
+        quiet: show no progress bar and no message.
 
     Returns:
-        The head, frozen, and {"tokens", "parameters", "history"}.
+        The frozen head, and {"tokens", "parameters", "history"}.
 
     Raises:
-        FactorMixError: no mask token, too few tokens for one step, NaN in the loss.
+        FactorMixError: there is no mask token, the tokens are too few for one step, or the loss is NaN.
     """
     mask = mask_token(tokenizer, encoder)
     torch.manual_seed(config.seed)  # the head's start
@@ -192,8 +204,8 @@ def train_head(
         head.fill(tensors)
         return head, done
     say(
-        f"{type(encoder).__name__} has no masked-LM head: its family's, tied to the word embeddings, is trained first "
-        f"on {config.head_tokens:,} tokens of general text, the encoder frozen.",
+        f"{type(encoder).__name__} has no masked-LM head, so its family's head is trained first, on "
+        f"{config.head_tokens:,} tokens of general text. The encoder stays frozen.",
         quiet,
     )
     loss = HeadLoss(config.mask, mask, cast(Any, encoder.get_input_embeddings()).num_embeddings)
@@ -214,13 +226,19 @@ def save_head(head: MaskedHead, folder: Path) -> None:
 
 
 def load_head(encoder: PreTrainedModel, folder: str | Path) -> MaskedHead:
-    """The head that was trained beside an adapter, for its encoder: ``head.logits(encoder(ids).last_hidden_state)``.
+    """Load the head that was trained beside an adapter: ``head.logits(encoder(ids).last_hidden_state)``.
+
+    Args:
+        encoder: the bare encoder.
+        folder: the adapter's directory.
 
     Raises:
-        FactorMixError: an encoder that has a head, no such file, a damaged one, one of another model.
+        FactorMixError: the encoder has a head, or the file is missing, damaged or of another model.
     """
     if not needs_head(encoder):
-        raise FactorMixError(f"{type(encoder).__name__} is no bare encoder of a family with a masked-LM head.")
+        raise FactorMixError(
+            f"{type(encoder).__name__} is no bare encoder; allowed: a bare encoder of a family with a masked-LM head."
+        )
     head = MaskedHead(encoder)
     head.fill(read_tensors(Path(folder) / HEAD))
     return head.requires_grad_(False)

@@ -1,11 +1,11 @@
-"""An adapter's own gate: on which tokens should this domain speak? Fitted after stage 1, on the text of stage 1.
+"""Fit an adapter's own gate, which decides for each token how much this domain counts. It uses the text of stage 1.
 
     g(x) = 2 sigmoid(w . x),    w = argmin  mean of CE(1/2, sigmoid(w . x)) over the domain's tokens
                                           + mean of CE(0, sigmoid(w . x)) over general tokens  +  ridge
 
-So a token of the domain is given about 1, the weight that the adapter was trained at, and any other about 0: the base.
-It is convex and takes Newton's method a few steps. Nothing of another domain is needed, so own gates of adapters that
-were injected apart stand beside each other as they are, and stage 2 may start from them.
+A token of the domain gets a weight of about 1, with which the adapter was trained. Any other token gets about 0, which
+is the base. The problem is convex, and Newton's method solves it in a few steps. No other domain is needed for the fit.
+So the own gates of adapters that were injected separately can be used together, and stage 2 can start from them.
 """
 
 from __future__ import annotations
@@ -22,54 +22,57 @@ from factormix.mix.losses import no_cache
 from factormix.mix.peft_tuner import MixDAModel, domain_layer
 from factormix.nn import DomainGate
 
-RIDGE = 1e-3  # of the inputs' mean square; 1e-2 gives the same weights within 0.05 on texts unlike both sides
-NEWTON_STEPS = 30  # at most; seven or so reach the tolerance
-TOLERANCE = 1e-9  # of the loss, which is below 1
+RIDGE = 1e-3  # times the inputs' mean square; 1e-2 changes weights by at most 0.05 on texts unlike both sides
+NEWTON_STEPS = 30  # the most steps; about seven reach the tolerance
+TOLERANCE = 1e-9  # smallest decrease of the loss for which the fit goes on; the loss is below 1
 
 
 def fit_own_gate(model: PeftModel, domain: str, batches: Stage1Batches, tokens: int) -> dict[int, DomainGate]:
-    """The gates of one domain, by site index; the model is left as it was.
+    """Fit the own gates of one domain. The model stays unchanged.
+
+    The inputs of a site are read with the adapter on text of the domain, and without it on general text, because the
+    gate will switch the adapter in this way.
 
     Args:
-        model: with the domain's adapter, active.
-        domain: its name.
-        batches: of stage 1: its knowledge is the domain's text, its general text the other.
-        tokens: of each side, at most.
+        model: the model with the domain's adapter active.
+        domain: the domain's name.
+        batches: the micro-batches of stage 1. Their knowledge is the domain's text.
+        tokens: the most tokens of either text.
 
-    A site's inputs are read with the adapter on text of the domain and without it on general text, as the gates will
-    have it.
+    Returns:
+        By site index, frozen gates of kind "sigmoid" whose weight is (1, H) float32.
     """
-    order = torch.randperm(batches.distinct, generator=torch.Generator().manual_seed(0)).tolist()  # text, facts mixed
+    order = torch.randperm(batches.distinct, generator=torch.Generator().manual_seed(0)).tolist()  # mixed
     knowledge = (batches.knowledge(i) for i in order)
     general = ({"input_ids": row[None]} for row in batches.general.input_ids)  # (1, L) each
     with torch.no_grad():
-        of_domain = _inputs(model, domain, knowledge, tokens)
+        domain_inputs = _inputs(model, domain, knowledge, tokens)
         with model.disable_adapter():
-            of_general = _inputs(model, domain, general, tokens)
+            general_inputs = _inputs(model, domain, general, tokens)
     gates = {}
-    for index, x in of_domain.items():
+    for index, x in domain_inputs.items():
         gate = DomainGate(x.shape[1], [domain])
-        assert gate.weight is not None  # the sigmoid kind has one
-        gate.weight.data.copy_(_separate(x, of_general[index]))  # (1, H)
+        assert gate.weight is not None  # the sigmoid kind has a weight
+        gate.weight.data.copy_(_separate(x, general_inputs[index]))  # (1, H)
         gates[index] = gate.requires_grad_(False)
     return gates
 
 
 def _inputs(model: PeftModel, domain: str, batches: Iterator[Mapping[str, Tensor]], tokens: int) -> dict[int, Tensor]:
-    """Inputs of every FFN that has the domain's adapter, (N, H) by site index, on the CPU; padding left out.
+    """Inputs of every FFN that has the domain's adapter, by site index: (N, H) on the CPU, without padding.
 
-    A site that several layers use sees each of a token's uses.
+    An FFN that several layers share gives one row for each use of a token.
     """
     base: Any = model.get_base_model()
-    sites = cast(MixDAModel, model.base_model).sites  # read before the adapters stood beside the FFNs
+    sites = cast(MixDAModel, model.base_model).sites  # read before adapters were put beside the FFNs
     layers = {site.index: domain_layer(base, site) for site in sites}
     chosen = {index: layer for index, layer in layers.items() if layer is not None and domain in layer.mixda_adapters}
     seen: dict[int, list[Tensor]] = {index: [] for index in chosen}
-    there = torch.empty(0, dtype=torch.bool)
+    real = torch.empty(0, dtype=torch.bool)  # (B, L), False on padding
 
     def note(index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor]) -> None:
-            seen[index].append(args[0][there.to(args[0].device)].cpu())  # (N, H)
+            seen[index].append(args[0][real.to(args[0].device)].cpu())  # (N, H)
 
         return hook
 
@@ -80,9 +83,9 @@ def _inputs(model: PeftModel, domain: str, batches: Iterator[Mapping[str, Tensor
         for batch in batches:
             ids = batch["input_ids"].to(base.device)  # (B, L)
             mask = batch.get("attention_mask", torch.ones_like(ids)).to(base.device)  # (B, L)
-            there = mask.bool()
+            real = mask.bool()
             base.base_model(input_ids=ids, attention_mask=mask, **no_cache(base))
-            total += int(there.sum())
+            total += int(real.sum())
             if total >= tokens:
                 break
     finally:
@@ -93,7 +96,7 @@ def _inputs(model: PeftModel, domain: str, batches: Iterator[Mapping[str, Tensor
 
 
 def _separate(domain: Tensor, general: Tensor) -> Tensor:
-    """w of the module's equation: domain (N, H), general (M, H) -> (H,), float64."""
+    """The w of the module's equation: domain (N, H), general (M, H) -> (H,) float64."""
     x = torch.cat([domain, general]).double()  # (N + M, H)
     target = torch.cat([x.new_full((len(domain),), 0.5), x.new_zeros(len(general))])  # (N + M,)
     share = torch.cat([x.new_full((len(side),), 0.5 / len(side)) for side in (domain, general)])  # (N + M,)
@@ -112,7 +115,7 @@ def _separate(domain: Tensor, general: Tensor) -> Tensor:
         curvature.diagonal().add_(ridge)
         step = torch.linalg.solve(curvature, gradient)  # (H,)
         before = now
-        for _ in range(NEWTON_STEPS):  # half as far while that is downhill no longer
+        for _ in range(NEWTON_STEPS):  # halve the step until the loss does not rise
             now = loss(w - step)
             if now <= before:
                 break

@@ -1,6 +1,6 @@
-"""The one place that reaches into PEFT: its method types are a closed enum, and MixDA becomes a member of it.
+"""Add MixDA to PEFT's closed enum of method types. This is the only place that changes PEFT itself.
 
-``register_peft_method`` takes any method whose name is in `PeftType`, and offers no way to put a name there.
+It is needed because ``register_peft_method`` accepts only names in `PeftType`, and PEFT has no function to add one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ NAME = "MIXDA"
 
 
 def mixda_type() -> PeftType:
-    """``PeftType.MIXDA``, made at the first call; it compares, hashes, prints and pickles like the other members."""
+    """``PeftType.MIXDA``, added at the first call. It compares, hashes, prints and pickles like the other members."""
     if NAME not in PeftType.__members__:
         member = str.__new__(PeftType, NAME)
         member._name_ = member._value_ = NAME

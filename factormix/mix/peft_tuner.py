@@ -1,12 +1,13 @@
-"""MixDA in PEFT's container: a thin BaseTuner over FFN sites, so that what people know of PEFT works.
+"""Put MixDA into PEFT's container: a thin BaseTuner over FFN sites, so that PEFT's usual calls work.
 
     model = get_peft_model(base, MixDAConfig(layers="auto"), adapter_name="pubmed")
     model.load_adapter("reviews", "reviews")
-    with model.disable_adapter(): ...             # the base, bit for bit
+    with model.disable_adapter(): ...             # runs the base, bit for bit
     model = PeftModel.from_pretrained(base, "pubmed")
 
 Trainability is explicit: a new adapter trains unless its config is in inference mode, and only `set_requires_grad`
-changes that. PEFT's own layers unfreeze whatever `set_adapter` names or `disable_adapter` leaves active.
+changes that. PEFT's own layers behave differently: they unfreeze every adapter that `set_adapter` names or that
+`disable_adapter` leaves active.
 """
 
 from __future__ import annotations
@@ -32,21 +33,41 @@ PREFIX = "mixda_"
 
 @dataclass
 class MixDAConfig(PeftConfig):
-    """The adapter's adapter_config.json. `layers`, `width`, `reduction` and `budget` are as in `InjectConfig`; once the
-    adapter exists they are resolved: layers by number, the width, and `sites`, the shapes that a base must have."""
+    """The content of adapter_config.json.
+
+    `form`, `layers`, `width`, `reduction` and `budget` are those of `InjectConfig`. When the adapter is made, PEFT's
+    tuner replaces `layers` by numbers, computes `width`, and fills in `sites` and `target_modules`.
+
+    Attributes:
+        form: "ffn", which can be merged into the FFN, or "bottleneck", the paper's form.
+        reads: input of the adapter: "input" (the FFN's), or for a bottleneck also "neurons".
+        weight: fixed weight of the adapter if no gate weighs it.
+        sites: the shapes that a base must have, by site index.
+        base_ffns: hash of the weights of the FFNs beside the adapter, see `base_identity`.
+        target_modules: paths of the FFNs beside the adapter.
+
+    Raises:
+        FactorMixError: when the adapter is made, if `adapter_sizes` refuses the values or the base has other shapes.
+    """
 
     form: str = field(default="ffn", metadata={"help": "ffn (can be merged into the FFN) or bottleneck (the paper's)"})
-    reads: str = field(default="input", metadata={"help": "input, or for bottleneck also neurons"})
+    reads: str = field(default="input", metadata={"help": "input; a bottleneck can also read neurons"})
     layers: str | list[int] = field(default="auto", metadata={"help": "auto, spread, or layer numbers"})
-    width: int | None = field(default=None, metadata={"help": "neurons of each adapter; else reduction, else budget"})
-    reduction: float | None = field(default=None, metadata={"help": "width = hidden size / reduction"})
-    budget: float = field(default=0.004, metadata={"help": "parameters, as a share of the model's"})
-    weight: float = field(default=1.0, metadata={"help": "fixed weight of the adapter where no gate decides"})
-    sites: dict[str, dict[str, Any]] | None = field(default=None, metadata={"help": "shapes by site; filled in"})
-    base_ffns: str | None = field(
-        default=None, metadata={"help": "hash of the FFNs' own weights; filled in when saved"}
+    width: int | None = field(
+        default=None, metadata={"help": "neurons of each adapter; by default reduction or budget sets them"}
     )
-    target_modules: Sequence[str] | None = field(default=None, metadata={"help": "paths of the FFNs; filled in"})
+    reduction: float | None = field(default=None, metadata={"help": "sets the width to hidden size / reduction"})
+    budget: float = field(default=0.004, metadata={"help": "parameters as a share of the model's"})
+    weight: float = field(default=1.0, metadata={"help": "fixed weight of the adapter if no gate weighs it"})
+    sites: dict[str, dict[str, Any]] | None = field(
+        default=None, metadata={"help": "shapes by site; filled in when the adapter is made"}
+    )
+    base_ffns: str | None = field(
+        default=None, metadata={"help": "hash of the FFNs' own weights; filled in when the adapter is saved"}
+    )
+    target_modules: Sequence[str] | None = field(
+        default=None, metadata={"help": "paths of the FFNs; filled in when the adapter is made"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +75,7 @@ class MixDAConfig(PeftConfig):
 
 
 class MixDALayer(DomainFFN, BaseTunerLayer):
-    """A `DomainFFN` that PEFT can switch."""
+    """A `DomainFFN` whose adapters PEFT can switch on and off."""
 
     adapter_layer_names = ("mixda_adapters",)
     other_param_names = ("fixed_weights",)
@@ -66,23 +87,28 @@ class MixDALayer(DomainFFN, BaseTunerLayer):
 
     @property
     def active_domains(self) -> list[str]:
-        """The adapters that run: active for PEFT, not disabled, and present at this site."""
+        """The adapters that run: those that PEFT has active, that are not disabled, and that exist at this site."""
         if self.disable_adapters:
             return []
         return [name for name in self.active_adapters if name in self.mixda_adapters]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Choose which adapters run. What trains stays as it was, unlike in PEFT."""
+        """Choose which adapters run. Unlike in PEFT, this does not change which parameters train."""
         self._active_adapter = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Run the active adapters, or none. What trains stays as it was, unlike in PEFT."""
+        """Run the active adapters, or none. Unlike in PEFT, this does not change which parameters train."""
         self._disable_adapters = not enabled
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refused: the FFN becomes wider, which changes the model's config too."""
+        """Refused, because the FFN becomes wider, which changes the model's config too.
+
+        Raises:
+            FactorMixError: always.
+        """
         raise FactorMixError(
-            "an adapter cannot be merged in place: the FFN grows. Use `factormix merge`, which writes a new checkpoint."
+            "an adapter cannot be merged in place, because the FFN grows. Use `factormix merge`, which writes a new "
+            "checkpoint."
         )
 
     def get_base_layer(self) -> nn.Module:
@@ -91,7 +117,7 @@ class MixDALayer(DomainFFN, BaseTunerLayer):
 
 
 class MixDAModel(BaseTuner):
-    """PEFT's tuner: finds the sites, makes each FFN one module, puts a `MixDALayer` there."""
+    """PEFT's tuner for MixDA. It finds the sites, makes each FFN one module, and puts a `MixDALayer` there."""
 
     prefix = PREFIX
     tuner_layer_cls = MixDALayer
@@ -99,7 +125,7 @@ class MixDAModel(BaseTuner):
 
     @property
     def sites(self) -> list[FFNSite]:
-        """All FFNs of the base, read before the first one is wrapped."""
+        """All FFNs of the base, found before the first one is wrapped."""
         if "mixda_sites" not in self.__dict__:
             self.mixda_sites = sites_of(cast(PreTrainedModel, self.model))
         return self.mixda_sites
@@ -110,12 +136,12 @@ class MixDAModel(BaseTuner):
         if peft_config.sites is not None and peft_config.sites != specs:
             wanted, found = _first_difference(peft_config.sites, specs)
             raise FactorMixError(
-                f"this adapter was made for another model: {wanted}; here {found}. Load it on the base it was made "
-                f"from ({peft_config.base_model_name_or_path or 'not recorded'})."
+                f"this adapter was made for another model: it needs {wanted}, but here is {found}. Load it on the base "
+                f"it was made from ({peft_config.base_model_name_or_path or 'not recorded'})."
             )
         peft_config.layers, peft_config.width = list(sizes.layers), sizes.width
         peft_config.sites, peft_config.reduction = specs, None
-        # a tuple: PEFT shortens a list of 20 or more to endings that they share, and no FFN is named "mlp"
+        # This is a tuple because PEFT shortens a list of 20 or more names to their common ending, such as "mlp".
         peft_config.target_modules = tuple(site.name for site in sizes.sites)
         return cast(MixDAConfig, peft_config)
 
@@ -161,11 +187,11 @@ class MixDAModel(BaseTuner):
         state_dict: dict[str, Any],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Any]:
-        """One adapter's tensors; a gate at the same site is no part of any of them."""
+        """The tensors of one adapter. A gate at the same site is not part of any adapter."""
         return {name: tensor for name, tensor in state_dict.items() if f".mixda_adapters.{adapter_name}." in name}
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """PEFT's own looks for the one weight of a Linear; an FFN goes as a whole."""
+        """Replace an FFN as a whole. PEFT's own method cannot, because it looks for the weight of a Linear."""
         setattr(parent, child_name, new_module)
 
 
@@ -175,7 +201,7 @@ def _first_difference(wanted: dict[str, Any], found: dict[str, Any]) -> tuple[st
 
 
 def domain_layer(model: nn.Module, site: FFNSite) -> MixDALayer | None:
-    """The FFN with domain adapters at a site, None where there are none."""
+    """The FFN with domain adapters at a site, or None if the FFN there has none."""
     try:
         layer = model.get_submodule(site.name)
     except AttributeError:  # an FFN that is still spread over its layer
@@ -189,7 +215,11 @@ def trainable_names(model: nn.Module) -> set[str]:
 
 
 def adapter_names(model: PeftModel, domains: str | Sequence[str]) -> set[str]:
-    """Names of the parameters of these domains' adapters."""
+    """Names of the parameters of these domains' adapters.
+
+    Raises:
+        FactorMixError: a domain has no adapter in the model.
+    """
     chosen = [domains] if isinstance(domains, str) else domains
     for domain in chosen:
         choose("domain", domain, model.peft_config)
@@ -198,14 +228,19 @@ def adapter_names(model: PeftModel, domains: str | Sequence[str]) -> set[str]:
 
 
 def assert_trainable(model: nn.Module, expected: set[str], when: str) -> None:
-    """Hold the set of trainable parameters against what it must be.
+    """Check that exactly the expected parameters are trainable.
+
+    Args:
+        model: the model.
+        expected: names of the parameters that must be trainable.
+        when: the time of the check, for the message.
 
     Raises:
-        AssertionError: a parameter trains that must not, or the reverse; a defect of ours or of PEFT's.
+        AssertionError: other parameters are trainable, which is a defect of FactorMix or of PEFT.
     """
     found = trainable_names(model)
     assert found == expected, (
-        f"{when}: {sorted(found - expected)[:3]} train and must not, {sorted(expected - found)[:3]} must and do not"
+        f"{when}: {sorted(found - expected)[:3]} train but must not, {sorted(expected - found)[:3]} must but do not"
     )
 
 

@@ -1,4 +1,4 @@
-"""What a stage-2 model says about new text: labels with probabilities, numbers, choices, or the answer to a prompt."""
+"""Predict with a stage-2 model: labels with probabilities, numbers, choices, or answers to prompts."""
 
 from __future__ import annotations
 
@@ -19,37 +19,51 @@ from factormix.run.errors import FactorMixError
 def predict_examples(
     mix: MixModel, task: Task, examples: Labelled, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
 ) -> list[dict[str, Any]]:
-    """Predictions for examples, labelled or not.
+    """Predict the answers to examples, labelled or not.
+
+    Args:
+        mix: the model.
+        task: its task.
+        examples: the examples.
+        tokenizer: the model's tokenizer.
+        batch_size: examples that run together.
 
     Returns:
-        For each example "prediction" (a label, a list of labels, a number, or the choice itself) and "scores"
-        (probabilities by label or choice, empty for a regression).
+        For each example "prediction" (a label, a list of labels, a number, or the text of a choice) and "scores"
+        (probabilities by label or choice; empty for a regression).
 
     Raises:
-        FactorMixError: examples without choices for a multiple-choice task; as `encode`.
+        FactorMixError: the examples have choices and the task has none, or the reverse; or `encode` refuses.
     """
     if (task.kind == "multiple-choice") != (examples.choices is not None):
         raise FactorMixError(
-            f"{examples.name}: the task is {task.kind}; its lines have {'' if examples.choices else 'no '}'choices'."
+            f"{examples.name}: the task is {task.kind}, but its lines have {'' if examples.choices else 'no '}"
+            "'choices'. Give examples of the task's own kind."
         )
     logits = example_logits(mix, encode(examples, tokenizer, task), task, tokenizer.pad_token_id or 0, batch_size)
-    said = task.predict(logits)
+    predicted = task.predict(logits)
     if examples.choices is not None:
-        said = [choices[i] for choices, i in zip(examples.choices, said)]
+        predicted = [choices[i] for choices, i in zip(examples.choices, predicted)]
     scores = task.scores(logits, examples.choices)
     return [
-        {"prediction": list(p) if isinstance(p, tuple) else p, "scores": of_example}
-        for p, of_example in zip(said, scores)
+        {"prediction": list(prediction) if isinstance(prediction, tuple) else prediction, "scores": example_scores}
+        for prediction, example_scores in zip(predicted, scores)
     ]
 
 
 def predict_prompts(
     mix: MixModel, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Greedy answers to prompts, each alone; what stands before ``{}`` is the prompt, or all of it.
+    """Answer prompts by greedy decoding, one at a time. A prompt ends before ``{}`` if it contains that.
+
+    Args:
+        mix: the model.
+        prompts: the prompts.
+        tokenizer: the model's tokenizer.
+        max_new_tokens: the most tokens of an answer.
 
     Raises:
-        FactorMixError: a model that does not generate.
+        FactorMixError: the model does not generate.
     """
     return [{"prediction": _answer(mix, prompt, tokenizer, max_new_tokens)} for prompt in prompts]
 

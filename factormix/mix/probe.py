@@ -1,11 +1,12 @@
-"""Where the head starts: at a linear probe of the states that backbone and domains give before anything has trained.
+"""Start the head at a linear probe of the states that backbone and domains give before training.
 
     W, b = argmin  loss(W z + b, y) + 5000 |W|^2 / N,    z = (state - mean) / spread, dimension by dimension
 
-A convex problem, so the start does not depend on a seed; what trains afterwards starts from what the states say instead
-of pulling them towards a random head (linear probing, then fine-tuning: Kumar et al. 2022, arXiv 2202.10054). The ridge
-is strong: a head that fits its few examples leaves the adapter nothing to learn from (docs/results.md). Each dimension
-has its own spread because a decoder's states have a few of ten times the others'.
+The problem is convex, so the start does not depend on a seed. Training then starts from the information in the states,
+instead of pulling them towards a random head (linear probing, then fine-tuning: Kumar et al. 2022, arXiv 2202.10054).
+The ridge is strong because a head that already fits its few examples leaves the adapter nothing to learn
+(docs/results.md). Each dimension is divided by its own spread, because a few dimensions of a decoder's states are ten
+times as large as the others.
 """
 
 from __future__ import annotations
@@ -21,24 +22,24 @@ from factormix.mix.mix_model import MixModel
 from factormix.mix.score import in_batches
 from factormix.mix.task import Task
 
-EXAMPLES = 2048  # at most; more change a linear head little
-ITERATIONS = 200
-RIDGE = 5000.0
-LEAST_SPREAD = 1e-3  # of the mean over dimensions
+EXAMPLES = 2048  # the most examples; more change a linear head little
+ITERATIONS = 200  # the most iterations of L-BFGS
+RIDGE = 5000.0  # weight of |W|^2 / N
+LEAST_SPREAD = 1e-3  # the smallest spread, as a share of the mean over dimensions
 
 
 def probe_head(
     mix: MixModel, examples: Sequence[Example], task: Task, pad: int, batch_size: int, seed: int = 0
 ) -> None:
-    """Fit the head, in place.
+    """Fit the head to the states, in place.
 
     Args:
-        mix: with a head.
-        examples: encoded, with targets; `EXAMPLES` of them if there are more.
-        task: its loss is what the head is fitted by.
-        pad: token id.
+        mix: a model with a head.
+        examples: encoded examples with targets. If there are more than `EXAMPLES`, so many are drawn.
+        task: gives the loss.
+        pad: id of the padding token.
         batch_size: examples that run together.
-        seed: of which examples, where there are more.
+        seed: seed of the draw.
     """
     assert mix.head is not None
     chosen = list(examples)
@@ -48,7 +49,7 @@ def probe_head(
     batch = collate(chosen, task, pad)
     targets = batch["targets"]
     mean, spread = states.mean(0), states.std(0)  # (H,), (H,)
-    spread = spread.clamp(min=float(LEAST_SPREAD * spread.mean()) or 1.0)  # a dimension may be dead
+    spread = spread.clamp(min=float(LEAST_SPREAD * spread.mean()) or 1.0)  # a dimension may be constant
     z = (states - mean) / spread  # (rows, H)
     weight = torch.zeros(mix.head.weight.shape, dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(len(weight), dtype=torch.float64, requires_grad=True)
@@ -69,7 +70,7 @@ def probe_head(
 
 
 def pooled_states(mix: MixModel, examples: Sequence[Example], task: Task, pad: int, batch_size: int) -> Tensor:
-    """What the head reads: one state a row of every example, in order, (rows, H), float32 on the CPU."""
+    """The states that the head reads, one for each row of every example, in order: (rows, H) float32 on the CPU."""
     found: list[Tensor] = [torch.empty(0)] * len(examples)
     for chosen, ids, mask, sizes in in_batches(mix, examples, task, pad, batch_size):
         parts = mix.pooled(ids, mask).float().cpu().split(sizes.tolist())

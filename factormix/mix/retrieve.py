@@ -1,10 +1,10 @@
-"""Retention text by retrieval: beside each micro-batch of knowledge, the general passage nearest to it (MixDA, the
-REALM option; the released code added its passages after tokenising, so that they did nothing).
+"""Choose general text by retrieval: for each micro-batch of knowledge, the nearest general passage (MixDA with REALM).
 
     batches.beside = nearest(batches, tokenizer, lambda: TextEncoder(encoder, its_tokenizer))
 
-A passage is a window of general text. A small encoder reads the texts of all windows once; nearness is the cosine of
-its mean last hidden states, and the search is exact.
+A passage is a window of general text. A small encoder reads the texts of all windows once. The nearest passage has the
+largest cosine of the mean last hidden states, and the search is exact. In the released code the passages had no effect,
+because it added them after tokenising.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ from factormix.run.errors import FactorMixError
 from factormix.run.progress import progress
 from factormix.run.workdir import WorkDirectory
 
-POOL = 4  # windows of general text to choose from, for each one that is chosen
+POOL = 4  # windows of general text to choose from, as a multiple of those that are chosen
 ROWS = 16  # texts in one forward of the encoder
-CHUNK = 4096  # rows of knowledge whose cosines are held at a time
+CHUNK = 4096  # rows of knowledge whose cosines are computed at a time
 
 
 class TextEncoder:
-    """Texts as vectors of unit length: the mean of a model's last hidden states.
+    """Turns texts into vectors of unit length: the normalised mean of a model's last hidden states.
 
     Args:
-        model: an encoder, with or without a head; a decoder will do.
-        tokenizer: its own. What is longer than its model takes is cut.
+        model: an encoder or a decoder, with or without a head.
+        tokenizer: its tokenizer. Texts that are too long for the model are cut.
+
+    Raises:
+        FactorMixError: the model is an encoder-decoder.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -45,13 +48,13 @@ class TextEncoder:
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Vectors of texts (N, H), float32 on the CPU."""
+        """The vectors of N texts: (N, H) float32 on the CPU."""
         rows = [row or [0] for row in self.tokenizer(list(texts), truncation=True, max_length=self.length)["input_ids"]]
         length = max(map(len, rows))
         ids = torch.tensor([row + [self.tokenizer.pad_token_id or 0] * (length - len(row)) for row in rows])  # (N, L)
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])  # (N, L)
-        there: dict[str, Any] = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
-        states = self.model(**there, **no_cache(self.model)).last_hidden_state.float().cpu()  # (N, L, H)
+        inputs: dict[str, Any] = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+        states = self.model(**inputs, **no_cache(self.model)).last_hidden_state.float().cpu()  # (N, L, H)
         weights = mask.unsqueeze(-1).float()  # (N, L, 1)
         return nn.functional.normalize((states * weights).sum(1) / weights.sum(1), dim=-1)  # (N, H)
 
@@ -64,17 +67,20 @@ def nearest(
     work: WorkDirectory | None = None,
     quiet: bool = False,
 ) -> list[int]:
-    """The general window nearest to each micro-batch of knowledge that has one beside it, for `Stage1Batches.beside`.
+    """Find the nearest general window for each micro-batch that has one beside it.
 
     Args:
-        batches: knowledge, and general text to choose from.
-        tokenizer: of the model that is taught, to read the windows by.
-        encoder: makes the encoder; called only where the work directory does not hold the vectors yet.
+        batches: the knowledge, and the general text to choose from.
+        tokenizer: tokenizer of the model that is trained, which decodes the windows.
+        encoder: makes the encoder. It is not called if the work directory holds the vectors already.
         work: keeps the vectors, so that a killed run does not compute them again.
-        quiet: no progress bar.
+        quiet: show no progress bar.
+
+    Returns:
+        The windows' numbers, for `Stage1Batches.beside`.
     """
-    taught = [i % batches.distinct for i in range(0, len(batches), batches.old_every)]  # those that have L_S
-    read = sorted(set(taught))
+    with_general = [i % batches.distinct for i in range(0, len(batches), batches.old_every)]
+    read = sorted(set(with_general))
     if work is not None and work.done("passages"):
         vectors, _ = work.load("passages")
     else:
@@ -90,7 +96,7 @@ def nearest(
     parts = vectors["knowledge"].split(CHUNK)  # (n, H) each
     found = [i for part in parts for i in (part @ vectors["general"].T).argmax(1).tolist()]  # (n, G) -> (n,)
     passage = dict(zip(read, found, strict=True))
-    return [passage[i] for i in taught]
+    return [passage[i] for i in with_general]
 
 
 def _vectors(texts: Sequence[str], encode: TextEncoder, label: str, quiet: bool) -> Tensor:
@@ -99,7 +105,7 @@ def _vectors(texts: Sequence[str], encode: TextEncoder, label: str, quiet: bool)
 
 
 def _text(batch: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> str:
-    """What a micro-batch says: its rows, padding left out."""
+    """The text of a micro-batch: its rows without padding."""
     rows = zip(batch["input_ids"], batch["attention_mask"])
     return "\n".join(_plain(ids[mask.bool()], tokenizer) for ids, mask in rows)
 

@@ -1,4 +1,4 @@
-"""Which FFNs of a model get an adapter, and how wide it is: arithmetic on the model's sites, no weights."""
+"""Choose which FFNs of a model get an adapter, and how wide it is. This needs the model's sites but no weights."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from factormix.ffn import FFNSite
 from factormix.nn import DomainAdapterSpec
 from factormix.run.errors import FactorMixError
 
-ALIGN = (256, 32)  # I + r is kept a multiple of the first of these that leaves most of the width, for merging
-KEEP = 0.75  # part of the width that rounding down to the larger multiple must leave
+ALIGN = (256, 32)  # I + r is rounded down to a multiple of 256 if that keeps most of r, else of 32
+KEEP = 0.75  # share of r that rounding to the larger multiple must keep
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Adapters of one domain.
+    """The adapters of one domain.
 
     Attributes:
-        sites: the FFNs that get one, front to back.
-        width: r, the same at all of them.
-        specs: the shapes by site index.
-        model_parameters: of the model without adapters.
+        sites: the FFNs that get an adapter, from front to back.
+        width: r, the neurons of each adapter.
+        specs: shapes of the adapters by site index.
+        model_parameters: parameters of the model without adapters.
     """
 
     sites: tuple[FFNSite, ...]
@@ -37,12 +37,12 @@ class Sizes:
 
     @property
     def parameters(self) -> int:
-        """Of all adapters together."""
+        """Parameters of all adapters together."""
         return sum(spec.parameters for spec in self.specs.values())
 
     @property
     def flops(self) -> int:
-        """Floating-point operations that the adapters add for a token."""
+        """Floating-point operations that the adapters add for one token."""
         return sum(2 * self.specs[site.index].parameters * site.use_count for site in self.sites)
 
     def __str__(self) -> str:
@@ -50,11 +50,11 @@ class Sizes:
         layers = ", ".join(map(str, self.layers))
         return (
             f"{len(self.sites)} adapters of width {self.width} at layers {layers}: {self.parameters:,} parameters "
-            f"({share:.2f} % of {self.model_parameters:,}), {self.flops:,} FLOPs a token"
+            f"({share:.2f} % of {self.model_parameters:,}), {self.flops:,} FLOPs per token"
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain values, ready for JSON."""
         return {
             "layers": list(self.layers),
             "width": self.width,
@@ -65,15 +65,15 @@ class Sizes:
 
 
 def choose_sites(sites: Sequence[FFNSite], layers: str | Sequence[int]) -> tuple[FFNSite, ...]:
-    """The sites that run the chosen layers (of both stacks, in an encoder-decoder).
+    """The sites that run the chosen layers. In an encoder-decoder these are sites of both stacks.
 
     Args:
-        sites: all of the model's.
-        layers: "auto" (the paper's 7 and 11 of 24), "spread" (every third from L/5 on), "7,11" or [7, 11]. Of layers
-            that share one FFN, any of them names it.
+        sites: all sites of the model.
+        layers: "auto" (the paper's 7 and 11 of 24), "spread" (every third from L/5 on), "7,11" or [7, 11]. If layers
+            share one FFN, any of them selects it.
 
     Raises:
-        FactorMixError: not understood, or a layer that does not exist.
+        FactorMixError: `layers` is not understood, or a layer does not exist.
     """
     total = 1 + max(layer for site in sites for layer in site.layers)
     if layers == "auto":
@@ -85,7 +85,7 @@ def choose_sites(sites: Sequence[FFNSite], layers: str | Sequence[int]) -> tuple
             wanted = {int(word) for word in (layers.split(",") if isinstance(layers, str) else layers)}
         except ValueError:
             raise FactorMixError(
-                f"layers {layers!r} is not understood; write auto, spread, or numbers such as 7,11."
+                f"layers {layers!r} is not understood; allowed: auto, spread, or numbers such as 7,11."
             ) from None
     unknown = sorted(wanted - set(range(total)))
     if unknown or not wanted:
@@ -104,38 +104,42 @@ def adapter_sizes(
     reduction: float | None,
     budget: float,
 ) -> Sizes:
-    """The adapters of one domain for a model; width decides, else reduction, else budget (see `InjectConfig`).
+    """Compute the adapters of one domain for a model.
 
-    A width that comes from a budget is rounded down so that I + r, the merged FFN's width, suits engines: a multiple
-    of 256 if that leaves three quarters of it, else of 32.
+    The width is `width` if given, else H / `reduction` if that is given, else as large as `budget` allows. A width from
+    a budget is rounded down so that engines run the merged FFN's width I + r well: to a multiple of 256 if that keeps
+    three quarters of r, else to a multiple of 32.
+
+    Args:
+        sites: all sites of the model.
+        model_parameters: parameters of the model without adapters.
+        form, reads, layers, width, reduction, budget: see `InjectConfig`.
 
     Raises:
-        FactorMixError: as `choose_sites`; a budget too small for one neuron, with the arithmetic.
+        FactorMixError: `choose_sites` refuses, or the budget is too small for one neuron; the message shows the sum.
     """
     chosen = choose_sites(sites, layers)
 
     def spec(site: FFNSite, r: int) -> DomainAdapterSpec:
         biased = site.up_bias or site.gate_bias
-        return DomainAdapterSpec.of_form(
-            form, reads, r, site.hidden, site.inner, site.activation, site.gated, biased
-        )  # fmt: skip
+        return DomainAdapterSpec.of_form(form, reads, r, site.hidden, site.inner, site.activation, site.gated, biased)
 
     if width is None and reduction is not None:
         width = max(1, int(chosen[0].hidden / reduction))
     if width is None:
         one, two = (sum(spec(site, r).parameters for site in chosen) for r in (1, 2))
-        fits = int((budget * model_parameters - (2 * one - two)) // (two - one))  # two - one: of a neuron
+        fits = int((budget * model_parameters - (2 * one - two)) // (two - one))  # two - one: parameters of a neuron
         if fits < 1:
             raise FactorMixError(
-                f"budget {budget} of {model_parameters:,} parameters is {int(budget * model_parameters):,}; one neuron "
-                f"in each of {len(chosen)} adapters takes {one:,}. Raise --budget, or choose fewer layers."
+                f"budget {budget} of {model_parameters:,} parameters is {int(budget * model_parameters):,}, but one "
+                f"neuron in each of {len(chosen)} adapters takes {one:,}. Raise --budget, or choose fewer layers."
             )
         width = _aligned(fits, chosen[0].inner) if form == "ffn" else fits
     return Sizes(chosen, width, {site.index: spec(site, width) for site in chosen}, model_parameters)
 
 
 def _aligned(width: int, inner: int) -> int:
-    """The largest r <= width with I + r a multiple of 256 or 32; `width` where there is none."""
+    """The largest r <= width for which I + r is a multiple of 256 or 32; `width` if there is none."""
     for multiple in ALIGN:
         rounded = (inner + width) // multiple * multiple - inner
         if rounded >= (KEEP * width if multiple == ALIGN[0] else 1):

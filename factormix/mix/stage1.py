@@ -1,4 +1,4 @@
-"""Stage 1 of MixDA, top to bottom: a model, knowledge and general text in, a domain adapter out.
+"""Stage 1 of MixDA (arXiv 2306.05406, section 3.2): train a domain adapter on knowledge and general text.
 
 sizes -> adapters beside the FFNs (PEFT) -> one loop over L = lambda * L_K + L_S -> only the adapter has changed
 """
@@ -27,31 +27,36 @@ from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 from factormix.train import LoopConfig, train
 
-LR_IN = 0.05  # of in_proj's root mean square; 1e-2 on SmolLM2
-LR_OUT = 0.17  # see peak_rates; 5e-3 on SmolLM2
+LR_IN = 0.05  # peak rate of in_proj, as a share of its root mean square; this is 1e-2 on SmolLM2
+LR_OUT = 0.17  # peak rate of out_proj, as a share of a bound, see `peak_rates`; this is 5e-3 on SmolLM2
 
 
 def plan(model: PreTrainedModel, config: InjectConfig) -> Sizes:
-    """Which FFNs get an adapter and how large it is; a model on the meta device will do.
+    """Compute which FFNs get an adapter, and its size. A model on the meta device is enough.
 
     Raises:
-        FactorMixError: a model without a head to learn from, layers or a budget that cannot be.
+        FactorMixError: the model has no head to learn by, or the layers or the budget do not fit the model.
     """
     if not needs_head(model):
         learns_by(model)
     parameters = sum(p.numel() for p in model.parameters())
     return adapter_sizes(
-        sites_of(model), parameters,
-        form=config.form, reads=config.source, layers=config.layers,
-        width=config.width, reduction=config.reduction, budget=config.budget,
-    )  # fmt: skip
+        sites_of(model),
+        parameters,
+        form=config.form,
+        reads=config.source,
+        layers=config.layers,
+        width=config.width,
+        reduction=config.reduction,
+        budget=config.budget,
+    )
 
 
 def learns_by(model: PreTrainedModel) -> str:
-    """ "causal" or "masked": which language-modelling loss the model's head has.
+    """The language-modelling loss of the model's head: "causal" or "masked".
 
     Raises:
-        FactorMixError: neither.
+        FactorMixError: the head has neither.
     """
     head = vocabulary_head(model)
     if head in ("causal", "masked") and not model.config.is_encoder_decoder:
@@ -63,12 +68,13 @@ def learns_by(model: PreTrainedModel) -> str:
 
 
 def peak_rates(adapted: PeftModel, domain: str) -> dict[str, float]:
-    """Peak learning rate of each of an adapter's tensors, by its name in the model, where none is given.
+    """The default peak learning rate of each tensor of an adapter, by its name in the model.
 
-    AdamW moves every weight by about its rate at first, and all neurons of an adapter the same way for the same text,
-    while an FFN's own add up as random signs do. So its output moves by as much, beside what the FFN's own make, where
-    the rate of W_out is this share of `row_norm` over the neurons that a token crosses, in all layers together. The
-    rows of W_in move by a share of their size at the start.
+    AdamW first moves every weight by about its rate, and it moves all neurons of an adapter in the same direction. The
+    outputs of an FFN's own neurons add up like random signs instead. So the rate of W_out is `LR_OUT` times the FFN's
+    `row_norm` divided by the number of adapter neurons that a token crosses in all layers. A step then changes the
+    output by the same share of the FFN's own output in every model. The rate of W_in is `LR_IN` times the size of its
+    rows at the start.
     """
     layers = {
         name: m for name, m in adapted.named_modules() if isinstance(m, MixDALayer) and domain in m.mixda_adapters
@@ -77,10 +83,10 @@ def peak_rates(adapted: PeftModel, domain: str) -> dict[str, float]:
     rates = {}
     for name, layer in layers.items():
         adapter = cast(DomainAdapter, layer.mixda_adapters[domain])
-        of_in = LR_IN * rms(adapter.in_proj)
-        of_out = LR_OUT * layer.row_norm() / crossed
+        in_rate = LR_IN * rms(adapter.in_proj)
+        out_rate = LR_OUT * layer.row_norm() / crossed
         for inner, _ in adapter.named_parameters():
-            rates[f"{name}.mixda_adapters.{domain}.{inner}"] = of_in if inner.startswith("in_") else of_out
+            rates[f"{name}.mixda_adapters.{domain}.{inner}"] = in_rate if inner.startswith("in_") else out_rate
     return rates
 
 
@@ -95,40 +101,39 @@ def inject(
     work: WorkDirectory | None = None,
     quiet: bool = False,
 ) -> tuple[PeftModel, dict[str, Any]]:
-    """Train one domain's adapter; every other parameter stays as it was, bit for bit.
+    """Train one domain's adapter. Every other parameter stays unchanged, bit for bit.
 
     Args:
-        model: a dense or FactorMix model with a causal or masked language-modelling head, or an encoder beside `head`;
-            the adapters are put into it.
+        model: a dense or FactorMix model with a causal or masked language-modelling head, or an encoder if `head` is
+            given. The adapters are put into it.
         domain: the adapter's name.
-        batches: knowledge and general text.
-        config: the recipe.
-        tokenizer: for its mask token; needed by masked language models only.
-        head: of an encoder without a masked-LM head, from `masked_head.train_head`; it stays as it is.
-        work: checkpoints go there, and a killed run goes on from the last one.
-        quiet: no progress bar.
+        batches: knowledge and general text, from `stage1_batches`.
+        config: the options.
+        tokenizer: gives the mask token; only masked language models need it.
+        head: for an encoder without a masked-LM head, the result of `masked_head.train_head`. It stays unchanged.
+        work: directory of the checkpoints, from which a killed run continues.
+        quiet: show no progress bar.
 
     Returns:
-        The model in PEFT's wrapper, adapter active, nothing trainable; and seconds, tokens, peak_bytes,
-        params_trained, metrics (sizes, loss parts by step).
+        The model in PEFT's wrapper with the adapter active and nothing trainable. And a dict with seconds, tokens,
+        peak_bytes, params_trained, and metrics (sizes, peak learning rates, parts of the loss by step).
 
     Raises:
-        FactorMixError: a bad name or model, too few tokens for one step, NaN in the loss.
+        FactorMixError: the name or the model is not allowed, there is no mask token, the tokens are too few for one
+            step, or the loss is NaN.
     """
     check_domain(domain)
     sizes = plan(model, config)
     if head is None and needs_head(model):
         raise FactorMixError(
-            f"{base_class(model).__name__} has no masked-LM head; train one first, with masked_head.train_head, and "
+            f"{base_class(model).__name__} has no masked-LM head; train one first with masked_head.train_head, and "
             "give it as `head`."
         )
     mask = mask_token(tokenizer, model) if head is not None or learns_by(model) == "masked" else None
-    torch.manual_seed(config.seed)  # the adapters' start
+    torch.manual_seed(config.seed)  # for the adapters' initial weights
     peft_config = MixDAConfig(form=config.form, reads=config.source, layers=list(sizes.layers), width=sizes.width)
     adapted = cast(PeftModel, get_peft_model(model, peft_config, adapter_name=domain))
-    peft_config.base_model_name_or_path = (
-        None  # Trainer's checkpoints would look there for a vocabulary of another size
-    )
+    peft_config.base_model_name_or_path = None  # else Trainer's checkpoints look there for a resized vocabulary
     trained = adapter_names(adapted, domain)
     assert_trainable(adapted, trained, "after get_peft_model")
     loop = LoopConfig.of(config)

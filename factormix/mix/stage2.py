@@ -1,7 +1,7 @@
-"""Stage 2 of MixDA, top to bottom: a base, domain adapters and a task in, a model that mixes the domains out.
+"""Stage 2 of MixDA (arXiv 2306.05406, section 3.3): learn a task with a model that mixes frozen domain adapters.
 
-shots -> task -> gates, task adapter and head above frozen domains -> one loop over the task's loss -> the checkpoint
-that was best on the development set
+shots -> task -> gates, task adapter and head above frozen domains -> one training loop over the task's loss -> the
+checkpoint that was best on the development set
 """
 
 from __future__ import annotations
@@ -34,40 +34,45 @@ from factormix.run.errors import FactorMixError
 from factormix.run.workdir import WorkDirectory
 from factormix.train import LoopConfig, bf16_pays, train
 
-TEXT_EVALUATIONS = 10  # of plain text, in one run; labelled text and prompts are scored after every epoch
-DEV_SHARE = 0.1  # of plain text's tokens, scored each time
+TEXT_EVALUATIONS = 10  # plain text is scored so often in a run; labelled text and prompts after every epoch
+DEV_SHARE = 0.1  # development tokens of plain text scored each time, as a share of the tokens trained on
 
 
 def choose_examples(
     train_set: Labelled | Documents, dev: Labelled | Documents | None, config: AdaptConfig
 ) -> tuple[Labelled | Documents, Labelled | Documents]:
-    """The training and development sets of a run: K-shot samples where shots are asked for.
+    """The training and development sets of a run. With ``config.shots`` they are K-shot samples.
 
     Raises:
-        FactorMixError: as `few_shot`; no development set and no shots; sets of two kinds.
+        FactorMixError: `few_shot` refuses, there is neither a development set nor shots, or the sets differ in kind.
     """
     if isinstance(train_set, Documents) or isinstance(dev, Documents):
         if config.shots is not None:
             raise FactorMixError(f"shots {config.shots} needs labelled text; {train_set.name} has no labels.")
         if dev is None:
-            raise FactorMixError("no development set: give --dev FILE, of the same kind as the task.")
+            raise FactorMixError("no development set received; give --dev FILE of the same kind as the task.")
         if not (isinstance(train_set, Documents) and isinstance(dev, Documents)) or train_set.kind != dev.kind:
-            raise FactorMixError(f"{train_set.name} is {train_set.kind} and {dev.name} is {dev.kind}; give one kind.")
+            raise FactorMixError(_two_kinds(train_set, dev))
         return train_set, dev
     if dev is not None and dev.kind != train_set.kind:
-        raise FactorMixError(f"{train_set.name} is {train_set.kind} and {dev.name} is {dev.kind}; give one kind.")
+        raise FactorMixError(_two_kinds(train_set, dev))
     if config.shots is not None:
         return few_shot(train_set, config.shots, config.seed, dev, config.bins)
     if dev is None:
-        raise FactorMixError("no development set: give --dev FILE, or --shots K to draw one from the task.")
+        raise FactorMixError("no development set received; give --dev FILE, or --shots K to draw one from the task.")
     return train_set, dev
 
 
+def _two_kinds(train_set: Labelled | Documents, dev: Labelled | Documents) -> str:
+    return f"{train_set.name} is {train_set.kind} and {dev.name} is {dev.kind}; give two files of one kind."
+
+
 def task_of(model: PreTrainedModel, train_set: Labelled | Documents, config: AdaptConfig) -> Task:
-    """What is to be learned, by a model that can.
+    """The task of a training set, for a model that can learn it.
 
     Raises:
-        FactorMixError: as `Task.of`; plain text or prompts for a model without a language-modelling head.
+        FactorMixError: `Task.of` refuses, or the set is plain text or prompts and the model has no language-modelling
+            head.
     """
     window = fitting(config.window, model.config)
     if isinstance(train_set, Documents):
@@ -94,25 +99,28 @@ def adapt(
 
     Args:
         model: the base the adapters were made from, dense or FactorMix, changed in place.
-        domains: adapter directories by name, in the order of the gates' weights; none for a baseline without domains.
-        train_set: labelled text, prompts with targets, or plain text (which trains the gates alone).
-        dev: of the same kind; None draws it from `train_set`, which needs ``config.shots``.
-        config: the recipe.
-        tokenizer: the model's.
-        work: checkpoints go there, and a killed run goes on from the last one.
-        quiet: no progress bar.
+        domains: adapter directories by name, in the order of the gates' weights. It is empty for a baseline without
+            domains.
+        train_set: labelled text, prompts with targets, or plain text, which trains only the gates.
+        dev: development set of the same kind. None draws it from `train_set`, which needs ``config.shots``.
+        config: the options.
+        tokenizer: the model's tokenizer.
+        work: directory of the checkpoints, from which a killed run continues.
+        quiet: show no progress bar.
 
     Returns:
-        The model as it was best on the development set, in eval mode and nothing trainable; the task; and seconds,
-        tokens, peak_bytes, params_trained, metrics ("dev" of the best step, "best_step", "history", ...).
+        The model at its best step on the development set, in eval mode with nothing trainable; the task; and a dict
+        with seconds, tokens, peak_bytes, params_trained, and metrics ("dev" of the best step, "best_step",
+        "examples", "parameters", "history").
 
     Raises:
-        FactorMixError: examples, a task adapter or a model that do not go together; NaN in the loss.
+        FactorMixError: the examples, the task adapter, the domains and the model do not fit together, or the loss is
+            NaN.
     """
     train_set, dev = choose_examples(train_set, dev, config)
     task = task_of(model, train_set, config)
     spec = TaskAdapterSpec.of_config(config, task.kind)
-    torch.manual_seed(config.seed)  # the start of task adapter and head
+    torch.manual_seed(config.seed)  # for the initial weights of task adapter and head
     mix = MixModel(model, domains, spec, task.outputs, task.pooling, config.gate_kind, config.gate_start)
     mask = mask_token(tokenizer, model) if not task.outputs and learns_by(model) == "masked" else None
     loss = TaskLoss(mix, task, mask)
@@ -137,9 +145,12 @@ def adapt(
     dev_metrics = best.restore()
     done = asdict(result)
     done["metrics"] = {
-        "dev": dev_metrics, "best_step": best.step, "examples": {"train": len(train_set), "dev": len(dev)},
-        "parameters": count_trained(mix), **result.metrics,
-    }  # fmt: skip
+        "dev": dev_metrics,
+        "best_step": best.step,
+        "examples": {"train": len(train_set), "dev": len(dev)},
+        "parameters": count_trained(mix),
+        **result.metrics,
+    }
     return mix, task, done
 
 
@@ -152,25 +163,25 @@ def _prepare(
     tokenizer: PreTrainedTokenizerBase,
     loss: TaskLoss,
 ) -> tuple[LabelledBatches | LanguageBatches, Callable[[], dict[str, Any]]]:
-    """Batches to train on, and how to score the development set."""
-    pad = tokenizer.pad_token_id or 0  # what is there is masked
+    """The batches to train on, and a function that scores the development set."""
+    pad = tokenizer.pad_token_id or 0  # padding is masked, so any id will do
     if isinstance(train_set, Labelled) and isinstance(dev, Labelled):
         task.check_labels(dev)
-        held = encode(dev, tokenizer, task)
+        dev_examples = encode(dev, tokenizer, task)
         right = dev.labels or []
         encoded = encode(train_set, tokenizer, task)
         batches = LabelledBatches(encoded, task, pad, config.batch_size, config.epochs, config.seed)
-        return batches, lambda: score_examples(mix, held, right, task, pad, config.batch_size)
+        return batches, lambda: score_examples(mix, dev_examples, right, task, pad, config.batch_size)
     assert isinstance(train_set, Documents) and isinstance(dev, Documents)
     epochs = config.epochs if task.kind == "causal-lm" else 1
-    some = max(task.window, int(DEV_SHARE * config.tokens))
+    dev_tokens = max(task.window, int(DEV_SHARE * config.tokens))
     language = LanguageBatches(train_set, tokenizer, task.window, config.tokens, epochs, config.seed)
-    held_out = LanguageBatches(dev, tokenizer, task.window, some, 1, config.seed)
-    return language, lambda: score_language(mix, held_out, loss)
+    dev_batches = LanguageBatches(dev, tokenizer, task.window, dev_tokens, 1, config.seed)
+    return language, lambda: score_language(mix, dev_batches, loss)
 
 
 def _loop(task: Task, batches: LabelledBatches | LanguageBatches, config: AdaptConfig) -> LoopConfig:
-    """Numbers of the loop, which counts tokens: one micro-batch a step, but of plain text `batch_size` windows."""
+    """The numbers of the loop, in tokens. A step is one micro-batch, but for plain text `batch_size` windows."""
     one = batches.tokens
     if task.kind == "text":
         batch_tokens = min(config.batch_size * one, config.tokens // one * one or one)
@@ -181,7 +192,7 @@ def _loop(task: Task, batches: LabelledBatches | LanguageBatches, config: AdaptC
 
 
 class _Best:
-    """The best checkpoint so far, in memory and in the work directory, so that a kill does not lose it."""
+    """The best checkpoint so far. It is also in the work directory, so that a killed run does not lose it."""
 
     def __init__(
         self,
@@ -201,19 +212,19 @@ class _Best:
             self.step, self.metrics = found["step"], found["metrics"]
 
     def at_start(self) -> None:
-        """Score before the first step; a run that goes on has its best already."""
+        """Score before the first step. A run that continues has a best checkpoint already."""
         if self.metrics is None:
             self._consider(0)
 
     def after_step(self, step: int) -> None:
-        """Score, at the end of an epoch and of the run."""
+        """Score at the end of every epoch and of the run."""
         if step % self.every and step != self.last:
             return
         self._consider(step)
 
     def _consider(self, step: int) -> None:
         device = self.mix.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16_pays(device)):  # as the steps were
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16_pays(device)):  # as in training
             metrics = self.score()
         if self.task.better(metrics, self.metrics):
             self.step, self.metrics, self.tensors = step, metrics, self.mix.trained_tensors()
@@ -221,13 +232,13 @@ class _Best:
                 self.work.save("best", self.tensors, {"step": step, "metrics": metrics})
 
     def restore(self) -> dict[str, Any]:
-        """Put the best checkpoint into the model and score it in the model's dtype."""
+        """Load the best checkpoint into the model, and score it in the model's dtype."""
         self.mix.fill_trained(self.tensors)
         return self.score()
 
 
 def count_trained(mix: MixModel) -> dict[str, int]:
-    """Trained parameters: "gates", "task_adapter", "head"."""
+    """Number of trained parameters in "gates", "task_adapter" and "head"."""
     counts = {
         "gates": sum(p.numel() for gate in mix.gates.values() for p in gate.parameters()),
         "task_adapter": sum(p.numel() for p in mix.task_adapter.trained()),

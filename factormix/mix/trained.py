@@ -1,4 +1,4 @@
-"""Checkpoints that hold what trains: the rest is frozen, and in the files it came from."""
+"""Make checkpoints that hold only the parameters that train. All others are frozen, and in the files they came from."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 def hold_only_trained(module: nn.Module) -> None:
-    """Let ``state_dict`` give the parameters named in ``module.trained`` only, and ``load_state_dict`` miss no others.
+    """Limit ``state_dict`` and ``load_state_dict`` to the parameters named in ``module.trained``.
 
     Args:
-        module: has `trained`, a set of names of its parameters.
+        module: a module with `trained`, a set of names of its parameters.
     """
     module.register_state_dict_post_hook(_keep)
     module.register_load_state_dict_post_hook(_forgive)

@@ -165,5 +165,5 @@ def test_what_has_no_gate_of_its_own_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FactorMixError, match="was fitted for weights with SHA-256 .* Copy the directory whole"):
         open_adapters(tiny_model("llama"), {"pubmed": folder}, "own")
     shutil.rmtree(folder / "gate")
-    with pytest.raises(FactorMixError, match="has no gate of its own: .*--gate-tokens 0"):
+    with pytest.raises(FactorMixError, match="has no gate of its own, because .*--gate-tokens 0"):
         open_adapters(tiny_model("llama"), {"pubmed": folder}, "own")

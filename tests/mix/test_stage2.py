@@ -127,7 +127,7 @@ def test_plain_text_trains_the_gates_alone(family: str, tmp_path: Path, words: A
         "\n\n".join(" ".join(f"w{(i * j) % 90}" for j in range(60)) for i in range(1, 40)), encoding="utf-8"
     )
     folders, documents = domains(family, tmp_path), read_documents(text)
-    config = AdaptConfig(tokens=3000, window=32, batch_size=2, lr=0.05, gate="softmax")
+    config = AdaptConfig(tokens=3000, window=32, batch_size=2, lr=0.05, gate_kind="softmax")
     mix, task, done = adapt(tiny_model(family), folders, documents, documents, config, words, quiet=True)
     assert task.kind == "text" and all(".gate." in name for name in mix.trained)
     history = [step["task"] for step in done["metrics"]["history"]]
