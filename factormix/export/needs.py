@@ -99,7 +99,9 @@ def read_needs(model: PreTrainedModel) -> Needs:
         )
     other = next((spec.router for spec in specs if spec.router != "linear"), None)
     if other:
-        raise FactorMixError(f"the routers are of kind {other!r}, but containers have linear routers; allowed: linear.")
+        raise FactorMixError(
+            f"the routers are of kind {other!r}, but the router of every container is one linear layer."
+        )
     if not all(spec.gated for spec in specs):
         raise FactorMixError("the FFNs have no gate projection, but the experts of every container have one.")
     pruned = [spec.layout for spec in specs if not spec.layout.routed]

@@ -21,7 +21,7 @@ def check_push(name: str) -> None:
     if not _NAME.fullmatch(name):
         raise FactorMixError(f"--push received {name!r}; allowed: OWNER/NAME, such as me/smollm2-s8a4e24.")
     if huggingface_hub.get_token() is None:
-        raise FactorMixError("--push needs a login for the hub. Run `hf auth login`, or set HF_TOKEN.")
+        raise FactorMixError("--push needs a hub login. Run `hf auth login`, or set HF_TOKEN.")
 
 
 def push_directory(folder: Path, name: str) -> str:

@@ -130,7 +130,7 @@ def test_recipe_and_dry_run(llama: Path, adapters: str, task: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--task train.jsonl -o out", "no development set: give --dev FILE, or --shots K"),
+        ("--task train.jsonl -o out", "no development set received; give --dev FILE, or --shots K"),
         ("--task train.jsonl --shots 50 -o out", "50 training examples a class"),
         ("--task train.jsonl --shots 2 --task-adapter lorra -o out", "Did you mean 'lora'"),
         ("--task nothing.jsonl --shots 2 -o out", "'nothing.jsonl' does not exist"),

@@ -207,7 +207,7 @@ def test_validate_refuses_what_cannot_be(llama: Path, adapter: Path, tmp_path: P
 def test_dry_run_prints_the_numbers_and_writes_nothing(llama: Path, sparse: Path, text: Path, run: Run) -> None:
     for model in (llama, sparse):
         said = run(*words(model, text, "adapter", "--dry-run"))
-        assert "1 adapters of width 8 at layers 0: 768 parameters" in said and "1,536 FLOPs a token" in said
+        assert "1 adapters of width 8 at layers 0: 768 parameters" in said and "1,536 FLOPs per token" in said
     said = run(*words(llama, text, "adapter", "--batch-tokens", "100", "--dry-run"))
     assert "960 tokens of knowledge, 96 a step" in said  # whole windows of 32, whole steps of 1,024 tokens
     assert not Path("adapter").exists() and not Path("adapter.work").exists()

@@ -97,9 +97,9 @@ def test_a_bottleneck_on_an_ffn_of_its_own_kind_merges(tmp_path: Path) -> None:
     ("family", "form", "why"),
     [
         ("llama", "bottleneck-neurons", "it reads the FFN's neurons"),
-        ("llama", "bottleneck-input", "its neurons are plain gelu, the FFN's gated silu"),
-        ("modernbert", "bottleneck-input", "its neurons are plain gelu, the FFN's gated gelu"),
-        ("t5-encoder", "bottleneck-input", "its neurons are plain gelu, the FFN's plain relu"),
+        ("llama", "bottleneck-input", "its neurons are plain gelu, but the FFN's are gated silu"),
+        ("modernbert", "bottleneck-input", "its neurons are plain gelu, but the FFN's are gated gelu"),
+        ("t5-encoder", "bottleneck-input", "its neurons are plain gelu, but the FFN's are plain relu"),
     ],
 )
 def test_what_does_not_merge_exactly_is_refused_with_the_reason(

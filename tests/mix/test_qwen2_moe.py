@@ -76,8 +76,8 @@ def test_equal_logits_from_a_plain_checkpoint(
 @pytest.mark.parametrize(
     ("family", "options", "why"),
     [
-        ("gpt2", {}, "its layers are another family's; allowed: LlamaForCausalLM"),
-        ("qwen3", {}, "its layers are another family's"),
+        ("gpt2", {}, "its layers are those of another family; allowed: LlamaForCausalLM"),
+        ("qwen3", {}, "its layers are those of another family"),
         ("llama", {"attention_bias": True}, "output bias"),
         ("llama-bias", {}, "FFNs have biases"),
         ("mistral", {"sliding_window": 4}, "sliding window"),
