@@ -43,7 +43,7 @@ def folded(spec: SparseSpec, container: Container, needs: Needs, gates: Gates, l
     """1 / (the container's weight) x (FactorMix's weight) of an expert."""
     gain = container.scoring(needs).gain(needs.active, needs.routed)
     own = {"hard": 1.0, "paper": spec.slices / needs.active, "soft": gates.means[layer] if needs.mean_gate else 1.0}
-    return Folded(gain * own[spec.gate], gain / needs.active)
+    return Folded(gain * own[spec.output_weight], gain / needs.active)
 
 
 @torch.no_grad()

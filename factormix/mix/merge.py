@@ -196,10 +196,10 @@ def _into_shared(model: PreTrainedModel, extra: Mapping[FFNSite, FFNWeights]) ->
             raise FactorMixError(
                 f"the FFN at {site.name} of this factored model is dense; widening it would widen the config of all."
             )
-        if ffn.spec.gate == "paper":
+        if ffn.spec.output_weight == "paper":
             raise FactorMixError(
-                "gate 'paper' multiplies every expert by E / K, and E grows with the shared part. Factor the model "
-                "with --gate hard to merge adapters into it."
+                "output weight 'paper' multiplies every expert by E / K, and E grows with the shared part. Factor the "
+                "model with --output-weight hard to merge adapters into it."
             )
         new = _with_shared(ffn, neurons)
         swap(model, site, new)
