@@ -11,6 +11,7 @@ from factormix.checkpoint import FactorMixConfig
 from factormix.cli import options
 from factormix.cli.models import locate, read_config
 from factormix.ffn.cost import Inspection, inspect_model
+from factormix.nn import SparseSpec
 
 SCHEMA_VERSION = 1
 FRACTIONS = (0.5, 0.25)
@@ -84,14 +85,14 @@ def _sparse(config: PretrainedConfig) -> list[dict[str, Any]]:
     for index, spec in config.factormix["sites"].items():
         report = reports.get(int(index), {})
         measured = {key: report.get(key) for key in ("recall", "captured", "error_before", "error_after")}
-        rows.append({"site": int(index), **spec, **measured})
+        rows.append({"site": int(index), **SparseSpec.from_dict(spec).to_dict(), **measured})
     return rows
 
 
 def _sparse_rows(sparse: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("FFN", "layout", "width", "gate", "recall", "captured", "error")]
+    rows: list[tuple[str, ...]] = [("FFN", "layout", "width", "output weight", "recall", "captured", "error")]
     for row in sparse:
         measured = ("-" if row[key] is None else f"{row[key]:.3f}" for key in ("recall", "captured", "error_after"))
         layout = f"S{row['shared']}A{row['active']}E{row['slices']}"
-        rows.append((str(row["site"]), layout, str(row["width"]), row["gate"], *measured))
+        rows.append((str(row["site"]), layout, str(row["width"]), row["output_weight"], *measured))
     return rows

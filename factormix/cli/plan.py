@@ -58,7 +58,7 @@ def describe_keep(model: PretrainedConfig, config: FactorConfig) -> list[str]:
     """
     if not isinstance(model, FactorMixConfig):
         raise FactorMixError(f"keep_experts_for needs a factored model, this {model.model_type} is dense: factor it.")
-    specs = {int(index): SparseSpec(**spec) for index, spec in model.factormix["sites"].items()}
+    specs = {int(index): SparseSpec.from_dict(spec) for index, spec in model.factormix["sites"].items()}
     check_keep(config, specs)
     kept, lines = kept_slices(config, specs), []
     for (old, slices), count in Counter((specs[index].layout, slices) for index, slices in kept.items()).items():

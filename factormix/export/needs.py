@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from factormix.export.backbone import Backbone, read_backbone
 from factormix.nn import FactorMixMixin, Layout, SparseSpec, base_class, refuse_quantised, vocabulary_head
-from factormix.nn.sparse_ffn import Gate
+from factormix.nn.sparse_ffn import OutputWeight
 from factormix.run.errors import FactorMixError
 
 
@@ -37,7 +37,7 @@ class Needs:
     routed: int
     width: int
     shared: int
-    gate: Gate
+    gate: OutputWeight
     copy_shared: bool = False
     most_active: bool = False
     drop_bias: bool = False
@@ -123,7 +123,7 @@ def read_needs(model: PreTrainedModel) -> Needs:
         routed=max(spec.layout.routed for spec in specs),
         width=max(spec.width for spec in specs),
         shared=max(spec.shared * spec.width for spec in specs),
-        gate=specs[0].gate,
+        gate=specs[0].output_weight,
     )
 
 

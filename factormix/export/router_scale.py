@@ -67,7 +67,7 @@ def measure_router_scale(model: PreTrainedModel, packed: Packed, scoring: Scorin
     ffns = list(model.sparse_ffns().values())  # type: ignore[operator]
     scores = router_scores(model, packed, quiet)  # layer by layer (T, R)
     means = tuple(
-        float(z.topk(ffn.spec.active, dim=-1).values.sigmoid().mean()) if ffn.spec.gate == "soft" else 1.0
+        float(z.topk(ffn.spec.active, dim=-1).values.sigmoid().mean()) if ffn.spec.output_weight == "soft" else 1.0
         for z, ffn in zip(scores, ffns)
     )
     if scoring.raw:

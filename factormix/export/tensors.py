@@ -50,7 +50,7 @@ def folded(spec: SparseSpec, container: Container, needs: Needs, scale: RouterSc
     """The factors of one layer: FactorMix's weight of a chosen expert divided by the container's."""
     gain = container.scoring(needs).gain(needs.active, needs.routed)
     own = {"hard": 1.0, "paper": spec.slices / needs.active, "soft": scale.means[layer] if needs.mean_gate else 1.0}
-    return Folded(gain * own[spec.gate], gain / needs.active)
+    return Folded(gain * own[spec.output_weight], gain / needs.active)
 
 
 @torch.no_grad()

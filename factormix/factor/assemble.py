@@ -12,7 +12,7 @@ from factormix.nn import Layout, NeuronRouter, SparseFFN, SparseSpec
 
 
 def sparse_spec(
-    site: FFNSite, layout: Layout, gate: str, compensated: bool = False, router: str = "linear"
+    site: FFNSite, layout: Layout, output_weight: str, compensated: bool = False, router: str = "linear"
 ) -> SparseSpec:
     """The shapes of the sparse FFN that replaces the dense one at `site`; `compensated`: with an output bias anyway."""
     return SparseSpec(
@@ -25,7 +25,7 @@ def sparse_spec(
         gated=site.gated,
         up_bias=site.up_bias or site.gate_bias,
         down_bias=site.down_bias or compensated,
-        gate=gate,  # type: ignore[arg-type]
+        output_weight=output_weight,  # type: ignore[arg-type]
         router=router,  # type: ignore[arg-type]
     )
 

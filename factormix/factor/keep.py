@@ -128,10 +128,10 @@ def check_keep(config: FactorConfig, specs: Mapping[int, SparseSpec]) -> None:
         raise FactorMixError(f"the FFNs are {next(iter(specs.values())).layout}: no routed experts to choose from.")
     for index, spec in specs.items():
         old = spec.layout
-        if spec.gate != "hard":
+        if spec.output_weight != "hard":
             raise FactorMixError(
-                f"FFN {index} has gate {spec.gate!r}, which scales the chosen experts; only those of gate 'hard' can "
-                "run for every token as they are."
+                f"FFN {index} has output weight {spec.output_weight!r}, which scales the chosen experts; only those of "
+                "'hard' can run for every token as they are."
             )
         if cut.active or cut.slices != old.slices or not _least(specs) <= cut.shared < old.slices:
             allowed = f"S{max(_least(specs), 1)}A0E{old.slices} to S{old.slices - 1}A0E{old.slices}"

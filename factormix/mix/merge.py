@@ -213,10 +213,10 @@ def _into_shared(model: PreTrainedModel, extra: Mapping[FFNSite, FFNWeights]) ->
                 f"the FFN at {site.name} of this factored model is dense, and widening it would change the config of "
                 "all FFNs. Factor all layers that have an adapter, or use the adapter unmerged."
             )
-        if ffn.spec.gate == "paper":
+        if ffn.spec.output_weight == "paper":
             raise FactorMixError(
-                "gate 'paper' multiplies every expert by E / K, and a merge would change E. Factor the model with "
-                "--gate hard to merge adapters into it."
+                "output weight 'paper' multiplies every expert by E / K, and E grows with the shared part. Factor the "
+                "model with --output-weight hard to merge adapters into it."
             )
         new = _with_shared(ffn, neurons)
         swap(model, site, new)

@@ -28,7 +28,7 @@ class FactorMixMixin:
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        specs = {int(i): SparseSpec(**spec) for i, spec in config.factormix["sites"].items()}
+        specs = {int(i): SparseSpec.from_dict(spec) for i, spec in config.factormix["sites"].items()}
         for site in find_sites(cast(nn.Module, self)):
             if site.index in specs:
                 swap(cast(nn.Module, self), site, SparseFFN(specs[site.index]))

@@ -7,6 +7,7 @@ With K = R and s = 1 this is the dense FFN to rounding. Only the chosen experts 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast, get_args
 from weakref import WeakKeyDictionary
@@ -20,7 +21,7 @@ from factormix.nn.layout import Layout
 from factormix.nn.router import Router, RouterKind, make_router
 from factormix.run.errors import choose
 
-Gate = Literal["hard", "paper", "soft"]
+OutputWeight = Literal["hard", "paper", "soft"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class SparseSpec:
         activation: a key of ``ACT2FN``.
         gated: act(gate) * up, or act(up).
         up_bias, down_bias: whether the dense FFN had them.
-        gate: "hard" (output times 1), "paper" (times E / K), "soft" (times the sigmoid of the score).
+        output_weight: what a chosen expert's output is multiplied by: "hard" 1, "paper" E / K, "soft" the sigmoid of
+            its score.
         router: "linear", or the "mlp" and "neuron" of other methods (`factormix.nn.router`).
     """
 
@@ -47,11 +49,11 @@ class SparseSpec:
     gated: bool
     up_bias: bool = False
     down_bias: bool = False
-    gate: Gate = "hard"
+    output_weight: OutputWeight = "hard"
     router: RouterKind = "linear"
 
     def __post_init__(self) -> None:
-        choose("gate", self.gate, get_args(Gate))
+        choose("output_weight", self.output_weight, get_args(OutputWeight))
         choose("router", self.router, get_args(RouterKind))
 
     @property
@@ -61,12 +63,21 @@ class SparseSpec:
 
     @property
     def factor(self) -> float:
-        """What a chosen expert's output is multiplied by, whatever its score: E / K for gate "paper", else 1."""
-        return self.slices / self.active if self.gate == "paper" else 1.0
+        """What a chosen expert's output is multiplied by, whatever its score: E / K for "paper", else 1."""
+        return self.slices / self.active if self.output_weight == "paper" else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SparseSpec:
+        """The spec of `to_dict`'s values. Older directories call `output_weight` "gate".
+
+        Raises:
+            FactorMixError: an unknown output weight or kind of router.
+        """
+        return cls(**{"output_weight" if name == "gate" else name: value for name, value in values.items()})
 
 
 class SharedNeurons(nn.Module):
@@ -260,16 +271,16 @@ class SparseFFN(nn.Module):
         """The router's weight, K, and where the weights of the chosen come from, as `native.plan` has it."""
         if self.router is None:
             return None, 0, native.GIVEN, 1.0
-        gate = native.SIGMOID if self.spec.gate == "soft" else native.CONSTANT
+        gate = native.SIGMOID if self.spec.output_weight == "soft" else native.CONSTANT
         return self.router.weight, self.router.active, gate, self.spec.factor
 
     def scale(self, scores: Tensor, chosen: Tensor) -> Tensor | None:
         """What each chosen expert's output is multiplied by: (T, R), (T, K) -> (T, K), or None for 1."""
         straight_through = self.training and torch.is_grad_enabled()
-        if self.spec.gate == "hard" and not straight_through:
+        if self.spec.output_weight == "hard" and not straight_through:
             return None
         p = scores.gather(1, chosen).sigmoid()  # (T, K)
-        if self.spec.gate == "soft":
+        if self.spec.output_weight == "soft":
             return p
         factor = self.spec.factor
         return factor * (1 + p - p.detach()) if straight_through else torch.full_like(p, factor)

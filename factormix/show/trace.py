@@ -157,7 +157,7 @@ def record(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> list[
             fired = torch.zeros_like(rows).scatter_(1, picked, 1.0)  # (T, R)
             columns = tuple(map(str, range(rows.shape[1])))
             name = _name(path, use, len(uses))
-            sites.append(SiteTrace(name, path, "experts", ffn.spec.gate, columns, fired, rows, picked))
+            sites.append(SiteTrace(name, path, "experts", ffn.spec.output_weight, columns, fired, rows, picked))
     for path, gate in gates.items():
         for use, (ffn_weight, weights) in enumerate(calls[gate]):
             columns, rows = gate.domains, _real(weights, real, path)  # (T, n)

@@ -206,7 +206,7 @@ def test_dry_run(run: Run, llama: Path, text: Path, tmp_path: Path) -> None:
 def test_overwrite(run: Run, llama: Path, text: Path) -> None:
     run("factor", llama, "-o", "out", "--text", text, *CUT)
     run("factor", llama, "-o", "out", "--text", text, "--overwrite", *CUT, "--gate", "soft")
-    assert factormix.load("out").sparse_ffns()[0].spec.gate == "soft"
+    assert factormix.load("out").sparse_ffns()[0].spec.output_weight == "soft"
 
 
 def test_a_recipe_is_the_flags(run: Run, llama: Path, text: Path) -> None:

@@ -55,7 +55,7 @@ def whole(graph: set[str]) -> bool:
     "layout, gate", [("S1A2E5", "hard"), ("S0A2E4", "paper"), ("S1A1E3", "soft"), ("S4A0E4", "hard")]
 )
 def test_one_operator_and_eager_modes_numbers(compile, graphs, layout: str, gate: str, dtype: torch.dtype) -> None:
-    ffn = lone_ffn(layout=layout, biased=True, gate=gate).to(dtype)
+    ffn = lone_ffn(layout=layout, biased=True, output_weight=gate).to(dtype)
     run = compile(ffn)
     for shape in ((1,), (3,), (17,), (2, 5)):
         x = torch.randn(*shape, 12).to(dtype)

@@ -194,7 +194,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("layout", ["S1A2E5", "S0A2E4", "S4A0E4"])
 def test_a_sparse_ffn_runs_on_them(here: None, layout: str, tokens: int) -> None:
-    ffn, x = lone_ffn(layout=layout, biased=True, gate="paper").to(WHERE), torch.randn(tokens, 12).to(WHERE)
+    ffn, x = lone_ffn(layout=layout, biased=True, output_weight="paper").to(WHERE), torch.randn(tokens, 12).to(WHERE)
     want = ffn(x).detach()  # with gradients, so by PyTorch's operators
     with torch.no_grad():
         assert torch.allclose(ffn(x), want, rtol=1e-5, atol=1e-5)

@@ -52,7 +52,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("layout", ["S1A2E5", "S0A2E4", "S4A0E4"])
 @pytest.mark.parametrize("gate", ["hard", "paper"])
 def test_a_sparse_ffn_asks_it(calls: list[str], layout: str, gate: str, count: int) -> None:
-    ffn, x = lone_ffn(layout=layout, biased=True, gate=gate), torch.randn(count, 12)
+    ffn, x = lone_ffn(layout=layout, biased=True, output_weight=gate), torch.randn(count, 12)
     want = ffn(x).detach()
     assert not calls  # gradients are wanted
     with torch.no_grad():

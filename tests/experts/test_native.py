@@ -208,7 +208,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("gate", ["hard", "paper", "soft"])
 @pytest.mark.parametrize("layout", ["S1A2E5", "S0A2E4", "S4A0E4"])
 def test_a_sparse_ffn_runs_by_it(calls: list[str], layout: str, gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    ffn, x = lone_ffn(layout=layout, biased=True, gate=gate), torch.randn(40, 12)
+    ffn, x = lone_ffn(layout=layout, biased=True, output_weight=gate), torch.randn(40, 12)
     got = [ffn(x[:tokens]) for tokens in (1, 4, 9, 40)]
     assert calls == ["forward"] * 4
     monkeypatch.setattr(native, "library", lambda: None)
@@ -238,7 +238,7 @@ CHANGED = {
     "an adapter": lambda ffn: setattr(ffn.shared, "up_proj", Doubled(12, 8, bias=False)),
     "fewer experts": lambda ffn: setattr(ffn.router, "active", 1),
     "another activation": lambda ffn: [setattr(part, "activation", "relu") for part in (ffn.shared, ffn.experts)],
-    "another gate": lambda ffn: setattr(ffn, "spec", replace(ffn.spec, gate="soft")),
+    "another output weight": lambda ffn: setattr(ffn, "spec", replace(ffn.spec, output_weight="soft")),
     "another dtype": lambda ffn: ffn.double().float(),
 }
 

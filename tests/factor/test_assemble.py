@@ -123,7 +123,7 @@ def test_the_dtype_is_the_dense_one(dtype: torch.dtype) -> None:
 def test_the_spec_is_the_sites(family: str) -> None:
     for site in find_sites(tiny_model(family)):
         spec = sparse_spec(site, Layout.parse("S1A2E4"), "paper")
-        assert (spec.hidden, spec.width, spec.gate) == (site.hidden, site.inner // 4, "paper")
+        assert (spec.hidden, spec.width, spec.output_weight) == (site.hidden, site.inner // 4, "paper")
         assert (spec.gated, spec.activation, spec.down_bias) == (site.gated, site.activation, site.down_bias)
         assert spec.up_bias == (site.up_bias or site.gate_bias) and spec.layout == Layout(1, 2, 4)
 

@@ -143,7 +143,7 @@ def test_gradient_steps_move_the_router_less_than_the_rest(ffn: SparseFFN) -> No
 
 @pytest.mark.parametrize("layout, gate", [("S1A2E5", "hard"), ("S1A2E5", "soft"), ("S0A2E4", "paper")])
 def test_gated_neurons_times_the_down_projections_are_the_output(layout: str, gate: str) -> None:
-    ffn, x = lone_ffn(layout=layout, gate=gate).eval(), torch.randn(9, 12)
+    ffn, x = lone_ffn(layout=layout, output_weight=gate).eval(), torch.randn(9, 12)
     down = [] if ffn.shared is None else [ffn.shared.down_proj.weight]
     with torch.no_grad():
         neurons = fit.gated_neurons(ffn, x)  # (9, I)

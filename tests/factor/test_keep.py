@@ -203,8 +203,8 @@ def test_models_without_such_experts_are_refused() -> None:
     static = keep_experts(sparsify(tiny_model("llama"), "S1A1E4"), config, windows(), quiet=True)
     with pytest.raises(FactorMixError, match="no routed experts"):
         keep_experts(static, config, windows(), quiet=True)
-    with pytest.raises(FactorMixError, match="gate 'soft'"):
-        keep_experts(sparsify(tiny_model("llama"), "S1A1E4", gate="soft"), config, windows(), quiet=True)
+    with pytest.raises(FactorMixError, match="output weight 'soft'"):
+        keep_experts(sparsify(tiny_model("llama"), "S1A1E4", output_weight="soft"), config, windows(), quiet=True)
 
 
 def test_uneven_ffns_keep_slices_in_proportion_and_whole_ones_stay() -> None:

@@ -115,7 +115,7 @@ def test_what_does_not_merge_exactly_is_refused_with_the_reason(
 def test_the_papers_gate_is_refused(tmp_path: Path) -> None:
     folder = saved(tmp_path, base_model("llama"))
     with pytest.raises(FactorMixError, match="multiplies every expert by E / K"):
-        merge_adapters(sparsify(base_model("llama"), "S0A2E4", gate="paper"), [(folder, 1.0)])
+        merge_adapters(sparsify(base_model("llama"), "S0A2E4", output_weight="paper"), [(folder, 1.0)])
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

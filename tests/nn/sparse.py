@@ -26,27 +26,33 @@ def random_router(ffn: SparseFFN, seed: int = 0) -> SparseFFN:
     return ffn
 
 
-def sparse_ffn(site: FFNSite, parts: FFNWeights, layout: Layout, gate: str = "hard", seed: int = 0) -> SparseFFN:
-    spec = sparse_spec(site, layout, gate)
+def sparse_ffn(
+    site: FFNSite, parts: FFNWeights, layout: Layout, output_weight: str = "hard", seed: int = 0
+) -> SparseFFN:
+    spec = sparse_spec(site, layout, output_weight)
     ffn = assemble(spec, parts, random_assignment(site.inner, layout, seed))
     return random_router(ffn, seed).eval()
 
 
-def sparsify(model: PreTrainedModel, layout: str = "S1A1E4", gate: str = "hard", seed: int = 0) -> PreTrainedModel:
+def sparsify(
+    model: PreTrainedModel, layout: str = "S1A1E4", output_weight: str = "hard", seed: int = 0
+) -> PreTrainedModel:
     """Make a dense model sparse, in place."""
     sites = find_sites(model)
     specs: dict[FFNSite, SparseSpec] = {}
     for site in sites:
-        ffn = sparse_ffn(site, weights(model, site), Layout.parse(layout), gate, seed + site.index)
+        ffn = sparse_ffn(site, weights(model, site), Layout.parse(layout), output_weight, seed + site.index)
         swap(model, site, ffn)
         specs[site] = ffn.spec
     adopt(model, specs, {"by": "a test"})
     return model
 
 
-def twins(family: str, layout: str = "S1A1E4", gate: str = "hard", seed: int = 0) -> tuple[PreTrainedModel, ...]:
+def twins(
+    family: str, layout: str = "S1A1E4", output_weight: str = "hard", seed: int = 0
+) -> tuple[PreTrainedModel, ...]:
     """A dense tiny model, and a sparse one made of the same weights."""
-    return tiny_model(family, seed), sparsify(tiny_model(family, seed), layout, gate, seed)
+    return tiny_model(family, seed), sparsify(tiny_model(family, seed), layout, output_weight, seed)
 
 
 def lone_ffn(
@@ -55,13 +61,22 @@ def lone_ffn(
     layout: str = "S1A2E5",
     gated: bool = True,
     biased: bool = False,
-    gate: str = "hard",
+    output_weight: str = "hard",
     seed: int = 0,
 ) -> SparseFFN:
     """A random SparseFFN of any size."""
     cut = Layout.parse(layout)
     spec = SparseSpec(
-        hidden, width, cut.shared, cut.active, cut.slices, "silu" if gated else "gelu", gated, biased, biased, gate
+        hidden,
+        width,
+        cut.shared,
+        cut.active,
+        cut.slices,
+        "silu" if gated else "gelu",
+        gated,
+        biased,
+        biased,
+        output_weight,
     )  # type: ignore[arg-type]
     ffn = SparseFFN(spec)
     generator = torch.Generator().manual_seed(seed)

@@ -29,7 +29,7 @@ def by_reference(ffn: SparseFFN, x: Tensor) -> Tensor:
             "hard": torch.ones_like(chosen),
             "paper": torch.ones_like(chosen) * ffn.spec.slices / ffn.spec.active,
             "soft": scores.gather(1, chosen).sigmoid(),
-        }[ffn.spec.gate]
+        }[ffn.spec.output_weight]
         out = out + reference(x, chosen, scale, ffn.experts.packed())
     return out if ffn.bias is None else out + ffn.bias
 
@@ -86,7 +86,7 @@ def test_active_parameters_are_those_one_token_uses() -> None:
 @pytest.mark.parametrize("train", [False, True])
 def test_the_papers_gate_is_not_truncated(layout: str, factor: float, train: bool) -> None:
     """Defect 7: N // K scaled 3 of 4 by 1."""
-    hard, paper = lone_ffn(layout=layout), lone_ffn(layout=layout, gate="paper").train(train)
+    hard, paper = lone_ffn(layout=layout), lone_ffn(layout=layout, output_weight="paper").train(train)
     x = torch.randn(6, 12)
     assert torch.allclose(paper(x), factor * hard(x), rtol=1e-5, atol=1e-6)
     scores, chosen = paper.router(x)
@@ -96,7 +96,7 @@ def test_the_papers_gate_is_not_truncated(layout: str, factor: float, train: boo
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("weighted", [True, False])
 def test_while_training_the_value_is_the_same_and_the_router_learns(gate: str, weighted: bool) -> None:
-    ffn, x = lone_ffn(gate=gate), torch.randn(9, 12)
+    ffn, x = lone_ffn(output_weight=gate), torch.randn(9, 12)
     with torch.no_grad():
         want = ffn(x)
     ffn.train()
@@ -135,7 +135,7 @@ def test_evaluation_mode_has_no_gate_in_the_way() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("count", [1, 9])
 def test_half_precision(gate: str, dtype: torch.dtype, count: int) -> None:
-    ffn, x = lone_ffn(gate=gate, biased=True).to(dtype), torch.randn(count, 12).to(dtype)
+    ffn, x = lone_ffn(output_weight=gate, biased=True).to(dtype), torch.randn(count, 12).to(dtype)
     with torch.no_grad():
         out = ffn(x)
         want = by_reference(ffn.float(), x.float())  # the same rounded weights and rows: no choice can flip
@@ -188,10 +188,17 @@ def test_torch_compile_under_autocast() -> None:
 
 
 def test_an_unknown_gate_is_refused() -> None:
-    with pytest.raises(FactorMixError, match="unknown gate 'papr'.*Did you mean 'paper'"):
-        SparseSpec(8, 4, 0, 1, 2, "silu", True, gate="papr")  # type: ignore[arg-type]
+    with pytest.raises(FactorMixError, match="unknown output_weight 'papr'.*Did you mean 'paper'"):
+        SparseSpec(8, 4, 0, 1, 2, "silu", True, output_weight="papr")  # type: ignore[arg-type]
 
 
 def test_the_spec_survives_json() -> None:
-    spec = lone_ffn(biased=True, gate="soft").spec
-    assert SparseSpec(**spec.to_dict()) == spec
+    spec = lone_ffn(biased=True, output_weight="soft").spec
+    assert SparseSpec.from_dict(spec.to_dict()) == spec
+
+
+def test_an_older_config_calls_the_output_weight_gate() -> None:
+    spec = lone_ffn(output_weight="soft").spec
+    older = spec.to_dict()
+    older["gate"] = older.pop("output_weight")
+    assert SparseSpec.from_dict(older) == spec
